@@ -1,0 +1,1 @@
+"""Text documents, tokenizers and batches for training and evaluation."""

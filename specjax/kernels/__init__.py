@@ -1,0 +1,1 @@
+"""The few operations whose speed decides everything: matrix products and attention."""

@@ -1,0 +1,1 @@
+"""Target and draft models: Flax modules behind `specjax.types.Model`, and their files."""

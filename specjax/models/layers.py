@@ -1,0 +1,130 @@
+"""The layers of a Llama-like transformer. Weights are [out, in], named as Hugging Face names them."""
+
+import math
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specjax.kernels.attention import attend
+from specjax.kernels.linear import linear
+from specjax.types import Array
+
+
+class RopeScaling(NamedTuple):
+    """Llama 3.1's stretch of slow rotations to longer contexts (`rope_type` "llama3")."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+    """Angular frequency of each pair of channels, radians per position, [H / 2] float32."""
+    frequency = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling is not None:
+        wavelength = 2 * math.pi / frequency
+        original = scaling.original_max_position_embeddings
+        # 0 where a wave is longer than original / low, 1 where shorter than original / high.
+        keep = (original / wavelength - scaling.low_freq_factor) / (
+            scaling.high_freq_factor - scaling.low_freq_factor
+        )
+        keep = np.clip(keep, 0.0, 1.0)
+        frequency = keep * frequency + (1 - keep) * frequency / scaling.factor
+    return frequency.astype(np.float32)
+
+
+def rotation(positions: Array, frequencies: np.ndarray) -> tuple[Array, Array]:
+    """Cosines and sines [B, N, H / 2] float32 for positions [B, N]."""
+    angle = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotary embedding, halves rotated against each other. x: [B, N, heads, H]."""
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    a, b = jnp.split(x.astype(jnp.float32), 2, -1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation (arXiv 1910.07467), computed in float32."""
+
+    eps: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), self.dtype)
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+        return (y * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245) over a committed prefix and a block."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    out_std: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,  # [B, N, E]
+        cos: Array,
+        sin: Array,
+        mask: Array,  # [B, N, M]
+        prefix: tuple[Array, Array, Array],  # keys, values [B, K, S, H], length [B]
+        block: tuple[Array, Array] | None,  # keys, values [B, K, M - N, H] of earlier nodes
+    ) -> tuple[Array, Array, Array]:
+        """Returns the output [B, N, E] and the longer block's keys and values [B, K, M, H]."""
+        b, n, width = x.shape
+        k, h = self.num_kv_heads, self.head_dim
+
+        def weight(name: str, rows: int, columns: int, std: float = 0.02) -> Array:
+            init = nn.initializers.normal(std)
+            return self.param(name, init, (rows, columns), self.dtype)
+
+        def heads(name: str, number: int) -> Array:
+            return linear(x, weight(name, number * h, width)).reshape(b, n, number, h)
+
+        queries = rotate(heads("q_proj", self.num_heads), cos, sin)
+        keys = rotate(heads("k_proj", k), cos, sin).swapaxes(1, 2)
+        values = heads("v_proj", k).swapaxes(1, 2)
+        if block is not None:
+            keys = jnp.concatenate([block[0], keys], 2)
+            values = jnp.concatenate([block[1], values], 2)
+        out = attend(
+            queries.reshape(b, n, k, self.num_heads // k, h),
+            *prefix,
+            keys,
+            values,
+            mask,
+            scale=h**-0.5,
+        )
+        out = out.reshape(b, n, self.num_heads * h)
+        out = linear(out, weight("o_proj", width, self.num_heads * h, self.out_std))
+        return out, keys, values
+
+
+class GatedMLP(nn.Module):
+    """SiLU-gated feed-forward layer (arXiv 2002.05202)."""
+
+    intermediate_size: int
+    out_std: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        width, inner = x.shape[-1], self.intermediate_size
+        normal = nn.initializers.normal
+        gate = self.param("gate_proj", normal(0.02), (inner, width), self.dtype)
+        up = self.param("up_proj", normal(0.02), (inner, width), self.dtype)
+        down = self.param("down_proj", normal(self.out_std), (width, inner), self.dtype)
+        return linear(jax.nn.silu(linear(x, gate)) * linear(x, up), down)

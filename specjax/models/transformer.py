@@ -1,0 +1,179 @@
+"""The Llama 2/3 family as a `Model`."""
+
+import flax.linen as nn
+import flax.struct as struct
+import jax
+import jax.numpy as jnp
+
+from specjax import cache as caches
+from specjax.kernels.linear import linear
+from specjax.models import layers
+from specjax.types import Array, Block, Cache, Model, ModelOutput, PyTree
+
+
+@struct.dataclass
+class TransformerConfig:
+    """Shape of a model. Static throughout, hence hashable."""
+
+    vocab_size: int = struct.field(pytree_node=False)
+    hidden_size: int = struct.field(pytree_node=False)
+    intermediate_size: int = struct.field(pytree_node=False)
+    num_layers: int = struct.field(pytree_node=False)
+    num_heads: int = struct.field(pytree_node=False)
+    num_kv_heads: int = struct.field(pytree_node=False)
+    head_dim: int = struct.field(pytree_node=False)
+    max_position_embeddings: int = struct.field(pytree_node=False, default=2048)
+    rope_theta: float = struct.field(pytree_node=False, default=10000.0)
+    rope_scaling: layers.RopeScaling | None = struct.field(pytree_node=False, default=None)
+    rms_norm_eps: float = struct.field(pytree_node=False, default=1e-5)
+    tie_embeddings: bool = struct.field(pytree_node=False, default=True)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and feed-forward with residuals."""
+
+    config: TransformerConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        cos: Array,
+        sin: Array,
+        mask: Array,
+        prefix: tuple[Array, Array, Array],
+        block: tuple[Array, Array] | None,
+    ) -> tuple[Array, Array, Array]:
+        c = self.config
+        out_std = 0.02 / (2 * c.num_layers) ** 0.5  # keeps the residual's variance at init
+
+        def norm(name: str, x: Array) -> Array:
+            return layers.RMSNorm(c.rms_norm_eps, self.dtype, name=name)(x)
+
+        attention = layers.Attention(
+            c.num_heads, c.num_kv_heads, c.head_dim, out_std, self.dtype, name="self_attn"
+        )
+        mlp = layers.GatedMLP(c.intermediate_size, out_std, self.dtype, name="mlp")
+        out, keys, values = attention(norm("input_layernorm", x), cos, sin, mask, prefix, block)
+        x = x + out
+        x = x + mlp(norm("post_attention_layernorm", x))
+        return x, keys, values
+
+
+class Transformer(nn.Module):
+    """The stack: embedding, layers, final norm, head."""
+
+    config: TransformerConfig
+    dtype: jnp.dtype
+    feature_layers: tuple[int, ...] = ()
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Array,
+        positions: Array,
+        mask: Array,
+        cache: Cache,
+        block: Block | None = None,
+    ) -> tuple[ModelOutput, Block]:
+        c, normal = self.config, nn.initializers.normal(0.02)
+        embedding = self.param("embed_tokens", normal, (c.vocab_size, c.hidden_size), self.dtype)
+        cos, sin = layers.rotation(
+            positions, layers.rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+        )
+        x = embedding[tokens]
+        keys, values, residuals = [], [], []
+        for i in range(c.num_layers):
+            residuals.append(x)
+            x, k, v = DecoderLayer(c, self.dtype, name=f"layers_{i}")(
+                x,
+                cos,
+                sin,
+                mask,
+                (cache.keys[i], cache.values[i], cache.length),
+                None if block is None else (block.keys[i], block.values[i]),
+            )
+            keys.append(k)
+            values.append(v)
+        x = layers.RMSNorm(c.rms_norm_eps, self.dtype, name="norm")(x)
+        head = embedding
+        if not c.tie_embeddings:
+            head = self.param("lm_head", normal, (c.vocab_size, c.hidden_size), self.dtype)
+        if block is not None:
+            positions = jnp.concatenate([block.positions, positions], 1)
+        output = ModelOutput(
+            logits=linear(x, head, jnp.float32),
+            features=jnp.concatenate([x] + [residuals[i] for i in self.feature_layers], -1),
+        )
+        return output, Block(tuple(keys), tuple(values), positions)
+
+
+def transformer(
+    config: TransformerConfig,
+    dtype: jnp.dtype = jnp.float32,
+    feature_layers: tuple[int, ...] = (),
+) -> Model:
+    """Builds the model's pure functions.
+
+    Args:
+        config: its shape.
+        dtype: of parameters, activations and cache; norms, softmax and logits are float32 anyway.
+        feature_layers: layers whose input residual joins `ModelOutput.features`.
+
+    Raises:
+        ValueError: heads that cannot be grouped, an odd head size, a layer that does not exist.
+    """
+    c = config
+    if c.num_heads % c.num_kv_heads:
+        raise ValueError(
+            f"{c.num_heads} query heads cannot share {c.num_kv_heads} key/value heads; "
+            "the first must be a multiple of the second."
+        )
+    if c.head_dim % 2:
+        raise ValueError(f"Head size {c.head_dim} is odd; rotary embedding needs pairs.")
+    for layer in feature_layers:
+        if not 0 <= layer < c.num_layers:
+            raise ValueError(f"Feature layer {layer} does not exist; the model has {c.num_layers}.")
+    module = Transformer(config, dtype, feature_layers)
+
+    def init(rng_key: Array) -> PyTree:
+        token = jnp.zeros((1, 1), jnp.int32)
+        mask = jnp.ones((1, 1, 1), bool)
+        return module.init(rng_key, token, token, mask, init_cache(1, 0))["params"]
+
+    def init_cache(batch_size: int, max_length: int) -> Cache:
+        shape = (batch_size, c.num_kv_heads, max_length, c.head_dim)
+        return caches.empty(c.num_layers, shape, dtype)
+
+    def apply(
+        params: PyTree,
+        tokens: Array,
+        positions: Array,
+        mask: Array,
+        cache: Cache,
+        block: Block | None = None,
+    ) -> tuple[ModelOutput, Block]:
+        return module.apply({"params": params}, tokens, positions, mask, cache, block)
+
+    def embed(params: PyTree, tokens: Array) -> Array:
+        return params["embed_tokens"][tokens]
+
+    def unembed(params: PyTree, hidden: Array) -> Array:
+        head = params["embed_tokens" if c.tie_embeddings else "lm_head"]
+        return linear(hidden, head, jnp.float32)
+
+    return Model(init, init_cache, apply, embed, unembed, c.vocab_size)
+
+
+def forward(model: Model, params: PyTree, tokens: Array) -> ModelOutput:
+    """One causal pass over whole sequences [B, N] without a cache, as training does."""
+    b, n = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (b, n))
+    mask = jnp.broadcast_to(jnp.tril(jnp.ones((n, n), bool)), (b, n, n))
+    return model.apply(params, tokens, positions, mask, model.init_cache(b, 0))[0]
+
+
+def num_params(params: PyTree) -> int:
+    """Number of weights."""
+    return sum(x.size for x in jax.tree.leaves(params))

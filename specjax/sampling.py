@@ -1,0 +1,176 @@
+"""How laws are warped and tokens drawn: temperature and truncation per row, and all randomness.
+
+Every draw is named by its stream and site. The *shared* stream is read through the position of the
+token being emitted, so that whoever draws a token for a position sees the same noise. The *private*
+stream is read through the position of the root, which no two steps of a row have in common.
+"""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from specjax.types import Array, Context, Keys, Sampling
+
+_SHARED, _PRIVATE = 0, 1
+
+
+# ------------------------------------------------------------------------------ what a row asks for
+
+
+def sampling(
+    batch_size: int,
+    temperature: float | Array = 0.0,
+    top_k: int | Array = 0,
+    top_p: float | Array = 1.0,
+    min_p: float | Array = 0.0,
+) -> Sampling:
+    """Sampling parameters of a batch; every one a scalar or [B].
+
+    Args:
+        batch_size: B.
+        temperature: 0 is greedy.
+        top_k: keep the k likeliest tokens; 0 is off.
+        top_p: keep the likeliest tokens that hold this much mass; 1 is off.
+        min_p: keep tokens at least this likely, relative to the likeliest; 0 is off.
+
+    Raises:
+        ValueError: a value out of range or of another length than the batch.
+    """
+
+    def rows(name: str, value: float | Array, low: float, high: float, dtype: type) -> Array:
+        array = np.asarray(value)
+        if array.shape not in ((), (batch_size,)):
+            raise ValueError(f"{name} has shape {array.shape}; a batch of {batch_size} needs one.")
+        if not ((array >= low) & (array <= high)).all():
+            bound = f"at least {low:g}" if high == np.inf else f"from {low:g} to {high:g}"
+            raise ValueError(f"{name} is {value}; it must be {bound}.")
+        return jnp.broadcast_to(jnp.asarray(array, dtype), [batch_size])
+
+    return Sampling(
+        rows("temperature", temperature, 0, np.inf, jnp.float32),
+        rows("top_k", top_k, 0, np.inf, jnp.int32),
+        rows("top_p", top_p, 0, 1, jnp.float32),
+        rows("min_p", min_p, 0, 1, jnp.float32),
+    )
+
+
+def argmax(x: Array) -> Array:
+    """The lowest id of the largest entry, [..., V] -> [...] int32.
+
+    Two plain reductions, which XLA on CPU vectorises; its own argmax it does not.
+    """
+    ids = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    top = x.max(-1, keepdims=True)
+    return jnp.where(x == top, ids, x.shape[-1]).min(-1)
+
+
+def warp(logits: Array, sampling: Sampling) -> Array:
+    """Logits [B, N, V] -> log-weights [B, N, V] of the law each row samples from.
+
+    Temperature, then top-k, top-p and min-p; what is cut is -inf. At temperature 0 the likeliest
+    token has all the weight, ties going to the lowest id.
+    """
+
+    def per_row(x: Array) -> Array:
+        return x[:, None, None]
+
+    greedy = sampling.temperature == 0
+    ids = lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+    one_hot = jnp.where(ids == argmax(logits)[..., None], 0.0, -jnp.inf)
+    scaled = logits / per_row(jnp.where(greedy, 1.0, sampling.temperature))
+    cuts = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
+    kept = lax.cond((cuts & ~greedy).any(), _truncate, lambda x, _: x, scaled, sampling)
+    return jnp.where(per_row(greedy), one_hot, kept)
+
+
+def _truncate(x: Array, sampling: Sampling) -> Array:
+    """Cuts to top-k, top-p and min-p by threshold search: sorting a vocabulary is far slower."""
+    order = _ordered_bits(x)
+    top_k = jnp.where(sampling.top_k > 0, sampling.top_k, x.shape[-1])[:, None, None]
+    top_k = jnp.minimum(top_k, x.shape[-1]).astype(jnp.float32)
+    above = order >= _threshold(order, jnp.ones_like(x), top_k)
+    x = jnp.where(above, x, -jnp.inf)
+    mass = jnp.exp(x - x.max(-1, keepdims=True))
+    top_p = sampling.top_p[:, None, None]
+    nucleus = order >= _threshold(order, mass, top_p * mass.sum(-1, keepdims=True))
+    x = jnp.where(nucleus | (top_p >= 1), x, -jnp.inf)
+    floor = x.max(-1, keepdims=True) + jnp.log(sampling.min_p)[:, None, None]
+    return jnp.where(x >= floor, x, -jnp.inf)
+
+
+def _ordered_bits(x: Array) -> Array:
+    """int32 that compare as the floats do."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _threshold(order: Array, weight: Array, enough: Array) -> Array:
+    """The largest threshold [..., 1] at or above which entries weigh `enough` [..., 1] in all."""
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds  # `low` holds enough, `high` does not
+        middle = (low & high) + ((low ^ high) >> 1)
+        holds = jnp.where(order >= middle, weight, 0).sum(-1, keepdims=True) >= enough
+        return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
+
+    low = order.min(-1, keepdims=True)
+    return lax.fori_loop(0, 32, halve, (low, order.max(-1, keepdims=True) + 1))[0]
+
+
+# ---------------------------------------------------------------------------------------- randomness
+
+
+def streams(rng_keys: Array) -> Keys:
+    """The two streams of each row from its key, [B]."""
+
+    def stream(i: int) -> Array:
+        return jax.vmap(lambda key: jax.random.fold_in(key, i))(rng_keys)
+
+    return Keys(shared=stream(_SHARED), private=stream(_PRIVATE))
+
+
+def shared_gumbel(rng_keys: Keys, positions: Array, vocab_size: int) -> Array:
+    """The noise [B, ..., V] that decides the tokens at `positions` [B, ...], for whoever draws."""
+
+    def draw(key: Array, position: Array) -> Array:
+        return jax.random.gumbel(jax.random.fold_in(key, position), (vocab_size,))
+
+    flat = positions.reshape(positions.shape[0], -1)
+    noise = jax.vmap(lambda key, row: jax.vmap(lambda i: draw(key, i))(row))(rng_keys.shared, flat)
+    return noise.reshape(*positions.shape, vocab_size)
+
+
+def private_keys(rng_keys: Keys, context: Context, site: str, index: int | Array = 0) -> Array:
+    """One key per row [B], for the draws of this step at a named site."""
+    name = zlib.crc32(site.encode()) & 0x7FFFFFFF
+
+    def key(key: Array, root: Array) -> Array:
+        for part in (name, root, index):
+            key = jax.random.fold_in(key, part)
+        return key
+
+    return jax.vmap(key)(rng_keys.private, context.length - 1)
+
+
+def bernoulli(
+    rng_keys: Keys, context: Context, site: str, probs: Array, index: int | Array = 0
+) -> Array:
+    """True with probability `probs` [B, ...], independently."""
+    keys = private_keys(rng_keys, context, site, index)
+    return jax.vmap(jax.random.uniform, (0, None))(keys, probs.shape[1:]) < probs
+
+
+def private_gumbel(
+    rng_keys: Keys, context: Context, site: str, shape: tuple[int, ...], index: int | Array = 0
+) -> Array:
+    """Gumbel noise [B, *shape]; adding it to log-weights and taking the argmax draws from them."""
+    keys = private_keys(rng_keys, context, site, index)
+    return jax.vmap(jax.random.gumbel, (0, None))(keys, shape)
+
+
+def categorical(rng_keys: Keys, context: Context, site: str, log_weights: Array) -> Array:
+    """One token per row [B] from unnormalised log-weights [B, V]."""
+    return argmax(log_weights + private_gumbel(rng_keys, context, site, log_weights.shape[1:]))
