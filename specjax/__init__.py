@@ -1,3 +1,3 @@
-"""specjax: speculative decoding in JAX. Drafters propose, one target pass scores, verifiers keep."""
+"""Speculative decoding in JAX: drafters propose, one target pass scores, verifiers keep."""
 
 __version__ = "0.1.0"

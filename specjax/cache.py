@@ -5,6 +5,8 @@ depends on everything the same pass read from the cache; a verdict does, a promp
 does not, hence `tie`.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -63,14 +65,14 @@ def commit(cache: Cache, block: Block, path: Array, num_nodes: Array) -> Cache:
 
 def truncate(cache: Cache, length: Array) -> Cache:
     """Forgets what lies at or beyond `length` [B]."""
-    return cache.replace(length=jnp.minimum(cache.length, length))
+    return dataclasses.replace(cache, length=jnp.minimum(cache.length, length))
 
 
 def tie(count: Array, features: Array) -> Array:
     """Makes `count` [B] depend on a pass's features [B, N, F], final norm first, value unchanged.
 
-    Without the dependence XLA on CPU may order a cache's write before its reads, and then copies the
-    cache. (A pass that produced NaN commits nothing.)
+    Without the dependence XLA on CPU may order a cache's write before its reads, and then copies
+    the cache. (A pass that produced NaN commits nothing.)
     """
     return jnp.where(jnp.isnan(features[:, -1, 0]), 0, count)
 

@@ -1,5 +1,6 @@
 """One step for every method: propose, score, verify, cut, absorb; and the loop around it."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -95,13 +96,14 @@ def decoder(
     ) -> DecodeState:
         """Makes the verdict history: tokens, the target's cache, the drafter's beliefs."""
         old, verdict = state.context, outcome.verdict
-        context = old.replace(
+        context = dataclasses.replace(
+            old,
             tokens=caches.write(old.tokens, new_tokens, old.length, verdict.num_nodes),
             length=old.length + verdict.num_nodes,
             cache=caches.commit(old.cache, block, verdict.path, verdict.num_nodes),
         )
         observed = drafter.observe(params, state.drafter, context, outcome)
-        return state.replace(context=context, drafter=observed)
+        return dataclasses.replace(state, context=context, drafter=observed)
 
     def force(params: Params, state: DecodeState, tokens: Array, num_tokens: Array) -> DecodeState:
         """Appends the first `num_tokens` [B] of `tokens` [B, T]: a step whose verdict is known.
@@ -117,7 +119,7 @@ def decoder(
         verdict = Verdict(path, count, _last(tokens, count))
         state = absorb(params, state, Outcome(draft, output, verdict), block, tokens)
         full = state.context.length >= _end(state.context)
-        return state.replace(done=jnp.where(count > 0, full, state.done))
+        return dataclasses.replace(state, done=jnp.where(count > 0, full, state.done))
 
     def step(params: Params, state: DecodeState) -> tuple[DecodeState, StepInfo]:
         """One target pass for every row; finished rows stay exactly as they are."""
@@ -141,7 +143,9 @@ def decoder(
         count = jnp.where(state.done, 0, count).astype(jnp.int32)
         verdict = Verdict(verdict.path, count, _last(new_tokens, count))
 
-        state = state.replace(drafter=proposed, num_steps=state.num_steps + ~state.done)
+        state = dataclasses.replace(
+            state, drafter=proposed, num_steps=state.num_steps + ~state.done
+        )
         outcome = Outcome(draft, output, verdict)
         state = absorb(params, state, outcome, block, new_tokens)
         ended = (until_eos <= count) | (state.context.length >= _end(state.context))
@@ -152,7 +156,7 @@ def decoder(
             logits=jnp.take_along_axis(output.logits, verdict.path[..., None], 1),
             warped_logits=jnp.take_along_axis(warped, verdict.path[..., None], 1),
         )
-        return state.replace(done=state.done | ended), info
+        return dataclasses.replace(state, done=state.done | ended), info
 
     return Decoder(init, force, step, drafter.proposal, verifier.lossless)
 
@@ -167,7 +171,7 @@ def _last(tokens: Array, count: Array) -> Array:
     return jnp.take_along_axis(tokens, jnp.maximum(count - 1, 0)[:, None], 1)[:, 0]
 
 
-# ------------------------------------------------------------------------------------------ the loop
+# ---------------------------------------------------------------------------------- the loop
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "max_length"))

@@ -17,7 +17,7 @@ from specjax.types import Array, Context, Keys, Sampling
 _SHARED, _PRIVATE = 0, 1
 
 
-# ------------------------------------------------------------------------------ what a row asks for
+# ------------------------------------------------------------------------ what a row asks for
 
 
 def sampling(
@@ -120,7 +120,7 @@ def _threshold(order: Array, weight: Array, enough: Array) -> Array:
     return lax.fori_loop(0, 32, halve, (low, order.max(-1, keepdims=True) + 1))[0]
 
 
-# ---------------------------------------------------------------------------------------- randomness
+# -------------------------------------------------------------------------------- randomness
 
 
 def streams(rng_keys: Array) -> Keys:

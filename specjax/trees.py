@@ -116,14 +116,15 @@ def topology(parents: Sequence[int]) -> Topology:
     for i in range(1, n):
         if not 0 <= p[i] < i:
             raise ValueError(
-                f"Node {i} of tree {tuple(parents)} has parent {p[i]}; it needs one of 0 to {i - 1}."
+                f"Node {i} of tree {tuple(parents)} has parent {p[i]}; it needs one of 0 to "
+                f"{i - 1}."
             )
         depth_of[i] = depth_of[p[i]] + 1
         mask[i] |= mask[p[i]]
         if depth_of[i] < depth_of[i - 1]:
             raise ValueError(
-                f"Node {i} of tree {tuple(parents)} has depth {depth_of[i]} but follows one of depth "
-                f"{depth_of[i - 1]}; list the nodes breadth first."
+                f"Node {i} of tree {tuple(parents)} has depth {depth_of[i]} but follows one of "
+                f"depth {depth_of[i - 1]}; list the nodes breadth first."
             )
     rank = np.array([(p[:i] == p[i]).sum() for i in range(n)])
     levels = [np.flatnonzero(depth_of == d) for d in range(depth_of.max() + 1)]

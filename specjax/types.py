@@ -70,8 +70,8 @@ class Draft:
     branches share no randomness. `None` means point masses throughout; a point mass beside sampled
     nodes is a one-hot row. The root's row is ignored. Siblings are tried in storage order.
 
-    A node that has nothing to say is a *filler*: any token, with a one-hot law. `num_drafted` counts
-    the others and feeds statistics only.
+    A node that has nothing to say is a *filler*: any token, with a one-hot law. `num_drafted`
+    counts the others and feeds statistics only.
     """
 
     tokens: Array  # [B, N] int32

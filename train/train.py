@@ -49,6 +49,9 @@ def train(c: ConfigDict) -> None:
     workdir = Path(c.workdir).absolute()
     workdir.mkdir(parents=True, exist_ok=True)
 
+    # The target, whose tokens and law a draft learns.
+    checkpoint = hf.load(c.target, jnp.float32) if c.target else None
+
     # Text, tokenizer, packed sequences.
     documents = sources.text_files(c.sources) if c.sources else sources.standard_library()
     training, held_out = sources.split(documents)
@@ -57,11 +60,16 @@ def train(c: ConfigDict) -> None:
             f"None of {len(documents)} documents is held out for validation; name one of them "
             f"like one of {sources.HELD_OUT[:3]}."
         )
-    if c.target:
+    if checkpoint is not None:
+        if not checkpoint.eos_ids:
+            raise ValueError(
+                f"{c.target} names no end-of-text id; training separates texts by one."
+            )
         tokenizer = tokenizers.load(c.target)
+        vocab_size, end_id = checkpoint.config.vocab_size, checkpoint.eos_ids[0]
     else:
         tokenizer = tokenizers.train_bpe((d.text for d in training), c.vocab_size)
-    vocab_size, end_id = tokenizer.get_vocab_size(), tokenizer.token_to_id(tokenizers.END_OF_TEXT)
+        vocab_size, end_id = tokenizer.get_vocab_size(), 0
     tokens = batches.encode(training, tokenizer, end_id)
     sequences = batches.pack(tokens, c.sequence_length)
     validation_tokens = batches.encode(held_out, tokenizer, end_id)
@@ -76,11 +84,12 @@ def train(c: ConfigDict) -> None:
     if c.objective == "next_token":
         objective = next_token(model)
     elif c.objective == "distill":
-        checkpoint = hf.load(c.target, jnp.float32)
+        if checkpoint is None:
+            raise ValueError("Objective distill has no target; set config.target to a directory.")
         target_params = checkpoint.params
         objective = distill(model, transformer(checkpoint.config))
     else:
-        raise ValueError(f"Unknown objective {c.objective!r}; use next_token or distill.")
+        raise ValueError(f"Objective {c.objective!r} is unknown; use next_token or distill.")
 
     # Optimizer: AdamW with warm-up and a cosine to zero; only matrices decay.
     schedule = optax.warmup_cosine_decay_schedule(0.0, c.learning_rate, c.warmup_steps, c.num_steps)
@@ -151,7 +160,7 @@ def train(c: ConfigDict) -> None:
     def evaluate(params: PyTree) -> dict[str, float]:
         rows = len(validation) // c.batch_size * c.batch_size
         results = [
-            eval_step(params, target_params, validation[i : i + c.batch_size])
+            eval_step(params, target_params, jnp.asarray(validation[i : i + c.batch_size]))
             for i in range(0, rows, c.batch_size)
         ]
         mean = {k: float(np.mean([r[k] for r in results])) for k in results[0]}

@@ -1,20 +1,44 @@
-"""The demo draft: one layer, 0.67M parameters, distilled from the demo target by forward KL.
+"""The demo draft: one layer, 0.7M parameters, distilled from the demo target by forward KL.
 
     python train/train.py --config=configs/train/draft.py
 
-About 20 minutes on two CPU cores, minutes on an accelerator.
+About 15 minutes on two CPU cores, minutes on an accelerator; it would have two thirds of its
+drafts accepted at temperature 1.
 """
 
 from ml_collections import ConfigDict
 
-from configs.train import target
-
 
 def get_config() -> ConfigDict:
-    c = target.get_config()
+    c = ConfigDict()
     c.objective = "distill"
-    c.workdir = "runs/train/draft"
-    c.export = "checkpoints/draft"
-    c.target = "checkpoints/target"
-    c.model.update(hidden_size=128, intermediate_size=256, num_layers=1, num_heads=2)
+    c.workdir = "runs/train/draft"  # checkpoints and metrics while training
+    c.export = "checkpoints/draft"  # the Hugging Face directory written at the end
+    c.target = "checkpoints/target"  # gives the tokenizer and the law to learn
+    c.sources = ()  # files and directories; () is the standard library
+    c.vocab_size = 0  # the target's
+    c.model = ConfigDict(
+        {
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_layers": 1,
+            "num_heads": 2,
+            "num_kv_heads": 2,
+            "head_dim": 64,
+            "max_position_embeddings": 2048,
+        }
+    )
+    c.sequence_length = 256
+    c.batch_size = 16
+    c.num_steps = 2000
+    c.learning_rate = 4e-3  # peak, then a cosine to zero
+    c.warmup_steps = 100
+    c.weight_decay = 0.1  # of matrices
+    c.clip_norm = 1.0
+    c.seed = 1
+    c.log_every = 10
+    c.eval_every = 100  # a twentieth of the steps
+    c.eval_sequences = 192
+    c.checkpoint_every = 100
+    c.keep_checkpoints = 2
     return c

@@ -96,7 +96,7 @@ def chain(num_tokens: int, choose: Choose) -> Builder:
     return static(range(-1, num_tokens), choose)
 
 
-# ----------------------------------------------------------------------------- how children are picked
+# ------------------------------------------------------------------- how children are picked
 
 
 def _untried(log_weights: Array, tried: Array) -> Array:

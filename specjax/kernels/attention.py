@@ -31,7 +31,7 @@ def attend(
         [B, N, K, G, H], in the queries' dtype.
     """
     b, n, k, g, h = queries.shape
-    s, m = prefix_keys.shape[2], block_keys.shape[2]
+    s = prefix_keys.shape[2]
     q = (queries * scale).transpose(0, 2, 3, 1, 4).reshape(b, k, g * n, h)
 
     def scores(keys: Array) -> Array:

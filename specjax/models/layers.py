@@ -1,4 +1,4 @@
-"""The layers of a Llama-like transformer. Weights are [out, in], named as Hugging Face names them."""
+"""The layers of a Llama-like transformer; weights are [out, in] and have Hugging Face's names."""
 
 import math
 from typing import NamedTuple

@@ -1,5 +1,7 @@
 """The Llama 2/3 family as a `Model`."""
 
+from typing import Any
+
 import flax.linen as nn
 import flax.struct as struct
 import jax
@@ -154,7 +156,8 @@ def transformer(
         cache: Cache,
         block: Block | None = None,
     ) -> tuple[ModelOutput, Block]:
-        return module.apply({"params": params}, tokens, positions, mask, cache, block)
+        outputs: Any = module.apply({"params": params}, tokens, positions, mask, cache, block)
+        return outputs
 
     def embed(params: PyTree, tokens: Array) -> Array:
         return params["embed_tokens"][tokens]

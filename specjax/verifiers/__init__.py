@@ -1,1 +1,1 @@
-"""Refinement mechanisms: one file per rule for keeping what the target itself would have written."""
+"""Refinement mechanisms: one file per rule for keeping what the target would have written."""

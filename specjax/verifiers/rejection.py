@@ -39,7 +39,7 @@ def rejection() -> Verifier:
 
 def _chain(rng_keys: Keys, context: Context, draft: Draft, p: Array) -> tuple[Array, Array, Array]:
     """The closed form: m accepted tokens, residual norm(relu(p_m - q_{m+1})), q past the end 0."""
-    b, n, vocab = p.shape
+    _, n, vocab = p.shape
     tokens = draft.tokens[:, 1:, None]  # [B, D, 1]
     p_token = jnp.take_along_axis(p[:, :-1], tokens, 2)[..., 0]
     if draft.probs is None:

@@ -1,0 +1,395 @@
+"""Splits the time of one step into its parts, each timed alone.
+
+    python decode/profile.py                                     # configs/bench/llama_30m.py
+
+A part runs in a compiled loop on the shapes of the real step; what it computes decides, in a way
+that the compiler cannot see through, the input of its next round, so nothing is dropped or hoisted
+and no dispatch is timed. Repeats of all parts are interleaved, medians are shown.
+
+    target       one target pass over the N nodes, mask and positions included
+    drafter      the drafter's `propose` and `observe`
+    target and drafter
+                 the two in one loop, as in a step: alone, a small drafter's weights stay in the
+                 processor's cache, which in a step the target's displace
+    choose       of the drafter: picking tokens from D rows of draft logits, one by one
+    warp, verify on [N, V] logits, and both in one program as in a step, where they fuse
+    noise        of `match`: the [P, V] shared noise
+    absorb       writing tokens and committing keys and values
+    step         `engine.advance`, everything at once
+    rest         step - (target and drafter + warp and verify + absorb)
+
+Overheads: step / (target and drafter), the same without choose, and step / (target + drafter).
+Writes results.json and results.md into `config.output`.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from ml_collections import ConfigDict
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from specjax import cache as caches
+from specjax import engine, sampling, scripts, trees
+from specjax.build import build
+from specjax.drafters.grow import Choose
+from specjax.models.transformer import TransformerConfig, num_params, transformer
+from specjax.types import (
+    Array,
+    Block,
+    Context,
+    Decoder,
+    DecodeState,
+    Draft,
+    Drafter,
+    Keys,
+    Model,
+    ModelOutput,
+    Outcome,
+    Params,
+    PyTree,
+    Verdict,
+    Verifier,
+)
+
+# (inputs, carry) -> carry, the inputs, which never change, and the first carry.
+Part = tuple[Callable[[Any, Any], Any], Any, Any]
+
+_WITHIN = ("target", "drafter", "choose", "warp", "noise", "verify")  # parts of other parts
+
+
+def main(c: ConfigDict) -> None:
+    run(c)
+
+
+def run(c: ConfigDict) -> list[dict[str, Any]]:
+    """Profiles, writes and prints. Returns the records."""
+    if c.repeats < 1 or c.seconds <= 0:
+        raise ValueError(f"repeats is {c.repeats}, seconds {c.seconds}; need at least 1, over 0.")
+    if not c.prompt_length + 2 < c.max_length:
+        raise ValueError(f"A prompt of {c.prompt_length} fills a buffer of {c.max_length}.")
+    console = Console()
+    target = transformer(TransformerConfig(**c.target))
+    draft = transformer(TransformerConfig(**c.draft))
+    key = jax.random.key(c.seed)
+    params = Params(jax.jit(target.init)(key), jax.jit(draft.init)(key))
+    records = []
+    for name, case in c.cases.items():
+        drafter = build(case.drafter, draft=draft)
+        verifier = build(case.verifier)
+        decoder = engine.decoder(target, drafter, verifier)
+        choose = build(case.choose)
+        state = _start(c, decoder, params, target.vocab_size, case.temperature)
+        parts = _parts(target, drafter, verifier, choose, params, state)
+        loops = {part: _loop(*spec) for part, spec in parts.items()}
+        loops["step"] = _whole(decoder, params, state, c.max_length)
+        ms = _measure(loops, c.repeats, c.seconds, name, console)
+        del parts, loops, state
+        models = ms["target and drafter"]
+        records.append(
+            {
+                "case": name,
+                "temperature": case.temperature,
+                "batch_size": c.batch_size,
+                "max_length": c.max_length,
+                "num_nodes": decoder.proposal.num_nodes,
+                "milliseconds": ms,
+                "rest": ms["step"] - models - ms["warp and verify"] - ms["absorb"],
+                "overhead": ms["step"] / models,
+                "overhead_without_choose": ms["step"] / (models - ms["choose"]),
+                "overhead_alone": ms["step"] / (ms["target"] + ms["drafter"]),
+                "target_parameters": num_params(params.target),
+                "draft_parameters": num_params(params.drafter),
+                "device": jax.devices()[0].device_kind,
+                "jax": jax.__version__,
+            }
+        )
+    _write(c, records, console)
+    return records
+
+
+def _start(
+    c: ConfigDict, decoder: Decoder, params: Params, vocab_size: int, temperature: float
+) -> DecodeState:
+    """Rows after a random prompt that never end before the buffer does."""
+    shape = (c.batch_size, c.prompt_length)
+    prompt = jax.random.randint(jax.random.key(c.seed + 1), shape, 0, vocab_size)
+    return engine.prefill(
+        decoder,
+        params,
+        jax.random.split(jax.random.key(c.seed), c.batch_size),
+        sampling.sampling(c.batch_size, temperature),
+        prompt,
+        jnp.full([c.batch_size], c.prompt_length),
+        jnp.full([c.batch_size], c.max_length),
+        c.max_length,
+    )
+
+
+# -------------------------------------------------------------------------------------------- parts
+
+
+def _nothing(x: Array) -> Array:
+    """An int32 0 that depends on all of x: no token is negative and no number here is NaN."""
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return jnp.isnan(x.max()).astype(jnp.int32)
+    return jnp.minimum(x.min(), 0).astype(jnp.int32)
+
+
+def _parts(
+    target: Model,
+    drafter: Drafter,
+    verifier: Verifier,
+    choose: Choose,
+    params: Params,
+    state: DecodeState,
+) -> dict[str, Part]:
+    """Every part with its inputs and first carry, on what one real step sees."""
+    context, keys = state.context, state.rng_keys
+    depth = drafter.proposal.depth
+
+    def score(params: PyTree, context: Context, draft: Draft) -> tuple[ModelOutput, Block]:
+        mask = trees.ancestor_mask(draft.parents)
+        positions = context.length[:, None] - 1 + trees.depths(mask)
+        return target.apply(params, draft.tokens, positions, mask, context.cache)
+
+    @jax.jit
+    def reveal(params: Params, state: DecodeState) -> tuple[Draft, ModelOutput, Block, Array]:
+        draft, _ = drafter.propose(params, keys, state.drafter, state.context)
+        output, block = score(params.target, state.context, draft)
+        return draft, output, block, sampling.warp(output.logits, state.context.sampling)
+
+    draft, output, block, warped = reveal(params, state)
+    rows = draft.tokens.shape[0]
+    path = jnp.zeros((rows, depth + 1), jnp.int32)
+
+    def pass_target(inputs: tuple, carry: tuple) -> tuple:
+        tokens, start = carry
+        params, context = inputs
+        # The parents are the builder's own constants, as they are in a step.
+        guess = drafter_parents(tokens)
+        output, _ = score(params, context.replace(length=start), guess)
+        zero = _nothing(output.logits)
+        return tokens + zero, start + zero
+
+    def drafter_parents(tokens: Array) -> Draft:
+        parents = jnp.broadcast_to(jnp.asarray(fixed_parents), tokens.shape)
+        return draft.replace(tokens=tokens, parents=parents)
+
+    fixed_parents = jax.device_get(draft.parents[0])
+
+    def drafting(reveal: Callable[[tuple, Context, Draft], ModelOutput]) -> Callable:
+        """The drafter's two passes around whatever the target reveals."""
+
+        def body(inputs: tuple, carry: tuple) -> tuple:
+            params, _, cache = inputs
+            believed, tokens, length = carry
+            now = context.replace(tokens=tokens, length=length, cache=cache)
+            guess, believed = drafter.propose(params, keys, believed, now)
+            output = reveal(inputs, now, guess)
+            used = _nothing(guess.tokens) + _nothing(output.logits[:, :, :1])
+            if guess.probs is not None:
+                used += _nothing(guess.probs)
+            verdict = Verdict(path, jnp.ones(rows, jnp.int32) + used, guess.tokens[:, -1])
+            tokens = caches.write(tokens, guess.tokens[:, -1:], length, verdict.num_nodes)
+            grown = now.replace(tokens=tokens, length=length + verdict.num_nodes)
+            believed = drafter.observe(params, believed, grown, Outcome(guess, output, verdict))
+            # Back to where it started, or the buffer would fill up.
+            full = grown.length >= tokens.shape[1] - depth
+            length = jnp.where(full, state.context.length, grown.length)
+            return believed, tokens, length
+
+        return body
+
+    def known(inputs: tuple, now: Context, guess: Draft) -> ModelOutput:
+        del now, guess
+        return inputs[1]
+
+    def scored(inputs: tuple, now: Context, guess: Draft) -> ModelOutput:
+        output, _ = score(inputs[0].target, now, guess)
+        return output.replace(logits=output.logits + _nothing(output.logits))
+
+    def pass_choose(inputs: tuple, carry: Array) -> Array:
+        logits, context = inputs
+        for level in range(1, depth + 1):  # one after another, as drafting is
+            tokens, probs = choose.draw(
+                keys, context.replace(length=context.length + carry), level, logits + carry, 1
+            )
+            carry = carry + _nothing(tokens)
+            if probs is not None:
+                carry = carry + _nothing(probs)
+        return carry
+
+    def pass_warp(inputs: tuple, carry: Array) -> Array:
+        logits, how = inputs
+        return carry + _nothing(sampling.warp(logits + carry, how))
+
+    def judge(context: Context, draft: Draft, output: ModelOutput, warped: Array) -> Array:
+        verdict = verifier.verify(params, keys, context, draft, output, warped)
+        return _nothing(verdict.path) + _nothing(verdict.num_nodes) + _nothing(verdict.next_token)
+
+    def pass_verify(inputs: tuple, carry: Array) -> Array:
+        context, draft, output, warped = inputs
+        moved = context.replace(length=context.length + carry)
+        return carry + judge(moved, drafter_parents_of(draft, carry), output, warped + carry)
+
+    def drafter_parents_of(draft: Draft, carry: Array) -> Draft:
+        return drafter_parents(draft.tokens + carry).replace(probs=draft.probs)
+
+    def pass_both(inputs: tuple, carry: Array) -> Array:
+        context, draft, output = inputs
+        moved = context.replace(length=context.length + carry)
+        logits = output.logits + carry
+        warped = sampling.warp(logits, context.sampling)
+        moved_output = output.replace(logits=logits)
+        return carry + judge(moved, drafter_parents_of(draft, carry), moved_output, warped)
+
+    def pass_noise(inputs: Keys, carry: Array) -> Array:
+        position = context.length[:, None] + carry + jnp.arange(depth + 1)
+        return carry + _nothing(sampling.shared_gumbel(inputs, position, target.vocab_size))
+
+    def pass_absorb(inputs: tuple, carry: Context) -> Context:
+        block, tokens = inputs
+        count = jnp.ones(rows, jnp.int32) + _nothing(carry.tokens[:, 0])
+        new = carry.replace(
+            tokens=caches.write(carry.tokens, tokens, carry.length, count),
+            length=carry.length + count,
+            cache=caches.commit(carry.cache, block, path, count),
+        )
+        full = new.length >= carry.tokens.shape[1] - depth
+        length = jnp.where(full, context.length, new.length)
+        return new.replace(length=length, cache=new.cache.replace(length=length - 1))
+
+    zero = jnp.int32(0)
+    logits = output.logits[:, :1]
+    small = context.replace(cache=())  # these parts do not read the cache
+    drafted = (
+        (params, output, context.cache),
+        (state.drafter, context.tokens, context.length),
+    )
+    return {
+        "target": (pass_target, (params.target, context), (draft.tokens, context.length)),
+        "drafter": (drafting(known), *drafted),
+        "target and drafter": (drafting(scored), *drafted),
+        "choose": (pass_choose, (logits, small), zero),
+        "warp": (pass_warp, (output.logits, context.sampling), zero),
+        "noise": (pass_noise, keys, zero),
+        "verify": (pass_verify, (small, draft, output, warped), zero),
+        "warp and verify": (pass_both, (small, draft, output), zero),
+        "absorb": (pass_absorb, (block, draft.tokens[:, : depth + 1]), context),
+    }
+
+
+def _loop(body: Callable[[Any, Any], Any], inputs: Any, carry: Any) -> Callable[[int], float]:
+    """A function that runs the body n times and returns the seconds."""
+
+    @jax.jit
+    def rounds(n: Array, inputs: Any, carry: Any) -> Any:
+        return lax.fori_loop(0, n, lambda _, carry: body(inputs, carry), carry)
+
+    def timed(n: int) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(rounds(n, inputs, carry))
+        return time.perf_counter() - start
+
+    return timed
+
+
+def _whole(
+    decoder: Decoder, params: Params, state: DecodeState, max_length: int
+) -> Callable[[int], float]:
+    """The same for whole steps; the state is copied first, for `advance` consumes it."""
+
+    def timed(n: int) -> float:
+        fresh = jax.block_until_ready(jax.tree.map(jnp.copy, state))
+        start = time.perf_counter()
+        end = jax.block_until_ready(engine.advance(decoder, params, fresh, n))
+        seconds = time.perf_counter() - start
+        taken = int(end.num_steps.min())
+        if taken < n:
+            raise ValueError(
+                f"Rows were full after {taken} of {n} steps; need max_length over {max_length}, a "
+                "shorter prompt or fewer seconds."
+            )
+        return seconds
+
+    return timed
+
+
+def _measure(
+    loops: Mapping[str, Callable[[int], float]],
+    repeats: int,
+    seconds: float,
+    name: str,
+    console: Console,
+) -> dict[str, float]:
+    """Milliseconds of a round of each loop, medians of interleaved repeats of `seconds` each."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    left = TimeRemainingColumn()
+    quiet = not console.is_terminal
+    with Progress(*columns, left, console=console, transient=True, disable=quiet) as progress:
+        task = progress.add_task(name, total=len(loops) * (repeats + 1))
+        rounds = {}
+        for part, loop in loops.items():
+            progress.update(task, description=f"{name}: compiling {part}")
+            loop(1)
+            rounds[part] = min(max(2, int(seconds / (loop(10) / 10))), 200_000)
+            progress.advance(task)
+        found: dict[str, list[float]] = {part: [] for part in loops}
+        for repeat in range(repeats):
+            progress.update(task, description=f"{name}: repeat {repeat + 1}")
+            for part, loop in loops.items():
+                found[part].append(1e3 * loop(rounds[part]) / rounds[part])
+                progress.advance(task)
+    return {part: statistics.median(values) for part, values in found.items()}
+
+
+# ------------------------------------------------------------------------------------------ results
+
+
+def _write(c: ConfigDict, records: list[dict[str, Any]], console: Console) -> None:
+    output = Path(c.output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "results.json").write_text(json.dumps(records, indent=1) + "\n")
+    lines = []
+    for record in records:
+        step = record["milliseconds"]["step"]
+        title = (
+            f"{record['case']}: temperature {record['temperature']:g}, batch "
+            f"{record['batch_size']}, {record['num_nodes']} nodes, "
+            f"{record['max_length']} slots, {record['device']}, jax {record['jax']}"
+        )
+        parts = {**record["milliseconds"]}
+        parts["rest"] = record["rest"]
+        table = Table("part", box=box.SIMPLE_HEAD)
+        table.add_column("ms", justify="right")
+        table.add_column("% of step", justify="right")
+        lines += [title, "", "| part | ms | % of step |", "| --- | ---: | ---: |"]
+        for part, value in parts.items():
+            inner = part in _WITHIN
+            cells = (f"{'  ' * inner}{part}", f"{value:.3f}", f"{100 * value / step:.1f}")
+            table.add_row(*cells, style="dim" if inner else "")
+            lines.append("| " + " | ".join(cells) + " |")
+        summary = (
+            f"step / (target and drafter) {record['overhead']:.3f}, "
+            f"choose not counted as drafter {record['overhead_without_choose']:.3f}, "
+            f"step / (target + drafter) {record['overhead_alone']:.3f}"
+        )
+        lines += ["", summary, ""]
+        console.print(title, highlight=False)
+        console.print(table)
+        console.print(summary, highlight=False)
+    (output / "results.md").write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    scripts.run(main, "configs/bench/llama_30m.py")
