@@ -211,7 +211,7 @@ def sample_size(
     detection: float = 0.99,
     family_error: float = 1e-3,
 ) -> int:
-    """The rows with which `law_test` refutes a law wrong by `delta` with probability `detection`."""
+    """The rows with which `power` reaches `detection` for a law that is wrong by `delta`."""
     low, high = 0, 1
     while power(high, num_cells, delta, num_tests, family_error) < detection:
         low, high = high, 2 * high
@@ -327,7 +327,7 @@ def cut(
     return np.maximum(np.minimum(until_eos, np.minimum(limit, s)), prompt_length)
 
 
-# --------------------------------------------------------------------------------- compiled programs
+# -------------------------------------------------------------------------------- compiled programs
 
 _INSTRUCTION = re.compile(r"(?:ROOT )?%?[\w.\-]+ = \w+\[([\d,]*)\]\S* ([\w\-]+)\(")
 _CALLED = re.compile(

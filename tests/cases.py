@@ -1,4 +1,4 @@
-"""Every drafter with every verifier it is legal for: add a row here and all laws are tested on it."""
+"""Every drafter with every verifier it is legal for: all laws are tested on each row added here."""
 
 import functools
 from collections.abc import Callable

@@ -1,7 +1,6 @@
 """Hugging Face directories to and from (config, params), by one table of names per family."""
 
 import contextlib
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import tokenizers
 from flax import traverse_util
 from jax.typing import DTypeLike
 
-from specjax.models.layers import RopeScaling
+from specjax.models import hf_config
 from specjax.models.transformer import TransformerConfig
 from specjax.types import PyTree
 
@@ -69,20 +68,8 @@ LLAMA: dict[str, tuple[str, Callable[[TransformerConfig], Shape]]] = {
     "lm_head": ("lm_head.weight", _vocab_rows),
 }
 
-SUPPORTED = {"LlamaForCausalLM": LLAMA}
-
-_CONFIG, _GENERATION = "config.json", "generation_config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_OWN_FILES = (_CONFIG, _GENERATION, _WEIGHTS, _INDEX, "model-*-of-*.safetensors")
-
-# Options that change the result and that the transformer has no equivalent of, with what it does.
-_FIXED = {
-    "attention_bias": False,
-    "mlp_bias": False,
-    "hidden_act": "silu",
-    "quantization_config": None,
-    "partial_rotary_factor": 1.0,
-}
+_OWN_FILES = (hf_config.CONFIG, hf_config.GENERATION, _WEIGHTS, _INDEX, "model-*-of-*.safetensors")
 
 
 class Checkpoint(NamedTuple):
@@ -101,8 +88,8 @@ def load_config(directory: str | Path) -> TransformerConfig:
         ValueError: no directory, no config.json, not JSON; an architecture or option that is not
             supported; a size that is missing or not a positive integer.
     """
-    path = _readable(directory) / _CONFIG
-    return _parse_config(_read_json(path), path)
+    path = _readable(directory) / hf_config.CONFIG
+    return hf_config.parse(hf_config.read_json(path), path)
 
 
 def load(directory: str | Path, dtype: DTypeLike | None = None) -> Checkpoint:
@@ -120,8 +107,8 @@ def load(directory: str | Path, dtype: DTypeLike | None = None) -> Checkpoint:
             misshapen, of another type, or not part of the architecture.
     """
     directory = _readable(directory)
-    raw = _read_json(directory / _CONFIG)
-    config = _parse_config(raw, directory / _CONFIG)
+    raw = hf_config.read_json(directory / hf_config.CONFIG)
+    config = hf_config.parse(raw, directory / hf_config.CONFIG)
     kind = None if dtype is None else _float_dtype(dtype, "dtype")
     file_of = _check_tensors(directory, config, kind)
     flat = {}
@@ -135,9 +122,9 @@ def load(directory: str | Path, dtype: DTypeLike | None = None) -> Checkpoint:
         if not np.array_equal(head.astype(flat["embed_tokens"].dtype), flat["embed_tokens"]):
             raise ValueError(
                 f"{directory} has an lm_head.weight that differs from its embedding, but "
-                f"{_CONFIG} says tie_word_embeddings; need equal ones, or false there."
+                f"{hf_config.CONFIG} says tie_word_embeddings; need equal ones, or false there."
             )
-    eos_ids, bos_id = _special_ids(directory, raw)
+    eos_ids, bos_id = hf_config.special_ids(directory, raw)
     return Checkpoint(config, traverse_util.unflatten_dict(flat, sep="/"), eos_ids, bos_id)
 
 
@@ -184,8 +171,10 @@ def save(
     try:
         if directory.exists():
             _carry_over(directory, new)
-        _write_json(new / _CONFIG, _config_json(config, tensors, eos_ids, bos_id))
-        _write_json(new / _GENERATION, _ids_json(eos_ids, bos_id))
+        kind = tensors["model.embed_tokens.weight"].dtype
+        written = hf_config.to_json(config, kind, eos_ids, bos_id)
+        hf_config.write_json(new / hf_config.CONFIG, written)
+        hf_config.write_json(new / hf_config.GENERATION, hf_config.ids_to_json(eos_ids, bos_id))
         _write_weights(new, tensors, max_shard_bytes)
         _swap(new, directory, previous)
     except BaseException:
@@ -219,155 +208,6 @@ def check_same_vocabulary(target_directory: str | Path, draft_directory: str | P
                 f"Token {i} is {target!r} in {files[0]} and {draft!r} in {files[1]}; "
                 "a draft needs its target's vocabulary."
             )
-
-
-# ----------------------------------------------------------------------------- config.json
-
-
-def _parse_config(raw: dict[str, Any], path: Path) -> TransformerConfig:
-    architectures = raw.get("architectures")
-    if not architectures and raw.get("model_type") == "llama":
-        architectures = ["LlamaForCausalLM"]
-    if not isinstance(architectures, list) or architectures[:1] not in [[a] for a in SUPPORTED]:
-        stated = architectures or f"none and model_type {raw.get('model_type')!r}"
-        raise ValueError(
-            f"{path} states architectures {stated}; supported: {', '.join(SUPPORTED)}."
-        )
-    if raw.get("model_type", "llama") != "llama":
-        raise ValueError(f"{path} has model_type {raw['model_type']!r}; need 'llama'.")
-    _check_fixed(raw, path)
-
-    def size(key: str, default: int | None = None) -> int:
-        return _positive_int(raw, key, path, default)
-
-    hidden, heads = size("hidden_size"), size("num_attention_heads")
-    if raw.get("head_dim") is None and hidden % heads:
-        raise ValueError(
-            f"{path} gives hidden_size {hidden} and {heads} heads without head_dim; "
-            "the first must be a multiple of the second."
-        )
-    theta, scaling = _parse_rope(raw, path)
-    return TransformerConfig(
-        vocab_size=size("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=size("intermediate_size"),
-        num_layers=size("num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=size("num_key_value_heads", heads),
-        head_dim=size("head_dim", hidden // heads),
-        max_position_embeddings=size("max_position_embeddings", 2048),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        rms_norm_eps=_positive(raw, "rms_norm_eps", path, 1e-6),
-        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-    )
-
-
-def _parse_rope(raw: dict[str, Any], path: Path) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, from `rope_parameters` (transformers 5) or top-level keys (4)."""
-    rope: dict[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        value = raw.get(key) or {}
-        if not isinstance(value, dict):
-            raise ValueError(f"{path} gives {key} as {value!r}; it needs to be an object.")
-        rope |= value
-    _check_fixed(rope, path)
-    theta = _positive(rope, "rope_theta", path, _positive(raw, "rope_theta", path, 10000.0))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise ValueError(f"{path} has rope_type {kind!r}; supported: 'default', 'llama3'.")
-    low = _positive(rope, "low_freq_factor", path)
-    high = _positive(rope, "high_freq_factor", path)
-    if high <= low:
-        raise ValueError(
-            f"{path} gives high_freq_factor {high} and low_freq_factor {low}; "
-            "the first must be the larger."
-        )
-    original = _positive_int(rope, "original_max_position_embeddings", path)
-    return theta, RopeScaling(_positive(rope, "factor", path), low, high, original)
-
-
-def _check_fixed(raw: dict[str, Any], path: Path) -> None:
-    for key, needed in _FIXED.items():
-        value = raw.get(key)
-        if value is not None and value != needed:
-            raise ValueError(f"{path} sets {key} to {value!r}; only {needed!r} is supported.")
-
-
-def _positive(raw: dict[str, Any], key: str, path: Path, default: float | None = None) -> float:
-    value = raw.get(key)
-    if value is None:
-        value = default
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
-        raise ValueError(f"{path} gives {key} as {value!r}; it needs to be a positive number.")
-    return float(value)
-
-
-def _positive_int(raw: dict[str, Any], key: str, path: Path, default: int | None = None) -> int:
-    value = raw.get(key)
-    if value is None:
-        value = default
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ValueError(f"{path} gives {key} as {value!r}; it needs to be a positive integer.")
-    return value
-
-
-def _special_ids(directory: Path, raw: dict[str, Any]) -> tuple[tuple[int, ...], int | None]:
-    """End and begin ids; generation_config.json goes before config.json, as in transformers."""
-    path = directory / _GENERATION
-    generation = _read_json(path) if path.is_file() else {}
-
-    def ids(key: str) -> tuple[int, ...]:
-        value = generation.get(key)
-        if value is None:
-            value = raw.get(key)
-        values = [] if value is None else value if isinstance(value, list) else [value]
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in values):
-            raise ValueError(f"{directory} gives {key} as {value!r}; need integers.")
-        return tuple(values)
-
-    return ids("eos_token_id"), next(iter(ids("bos_token_id")), None)
-
-
-def _config_json(
-    config: TransformerConfig,
-    tensors: dict[str, np.ndarray],
-    eos_ids: Sequence[int],
-    bos_id: int | None,
-) -> dict[str, Any]:
-    """In transformers 4's form, which 5 converts as it reads."""
-    scaling = config.rope_scaling
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None if scaling is None else {"rope_type": "llama3", **scaling._asdict()},
-        "rms_norm_eps": config.rms_norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "torch_dtype": tensors["model.embed_tokens.weight"].dtype.name,
-        **_ids_json(eos_ids, bos_id),
-    }
-
-
-def _ids_json(eos_ids: Sequence[int], bos_id: int | None) -> dict[str, Any]:
-    eos = [int(i) for i in eos_ids]
-    return {
-        "bos_token_id": None if bos_id is None else int(bos_id),
-        "eos_token_id": eos if len(eos) > 1 else next(iter(eos), None),
-    }
 
 
 # ----------------------------------------------------------------------------- weights
@@ -427,7 +267,7 @@ def _weight_files(directory: Path) -> list[Path]:
     index = directory / _INDEX
     if not index.is_file():
         raise ValueError(f"{directory} has no weights; need {_WEIGHTS} or {_INDEX}.")
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = hf_config.read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(shard, str) for shard in weight_map.values()
     ):
@@ -488,7 +328,7 @@ def _write_weights(
         weight_map = {name: file for file, s in zip(names, shards, strict=True) for name in s}
         size = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        _write_json(directory / _INDEX, index)
+        hf_config.write_json(directory / _INDEX, index)
     for file, shard in zip(names, shards, strict=True):
         # transformers 4 refuses a file that does not name its framework.
         safetensors.numpy.save_file(shard, directory / file, metadata={"format": "pt"})
@@ -503,7 +343,9 @@ def _readable(directory: str | Path) -> Path:
     for path in (Path(directory), previous):
         if path.is_dir():
             return path
-    raise ValueError(f"{directory} is not a directory; need one with {_CONFIG} and {_WEIGHTS}.")
+    raise ValueError(
+        f"{directory} is not a directory; need one with {hf_config.CONFIG} and {_WEIGHTS}."
+    )
 
 
 def _sibling(directory: Path, role: str) -> Path:
@@ -533,22 +375,6 @@ def _carry_over(directory: Path, new: Path) -> None:
             shutil.copytree(path, new / path.name, symlinks=True)
         else:
             shutil.copy2(path, new / path.name, follow_symlinks=False)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path.parent} has no {path.name}; need one.")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); need a JSON object.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}; need a JSON object.")
-    return value
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
