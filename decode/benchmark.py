@@ -266,12 +266,13 @@ def _write(c: ConfigDict, records: list[dict[str, Any]], console: Console) -> No
     lines = [title, "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(row) + " |" for row in rows] + ["", legend]
     (output / "results.md").write_text("\n".join(lines) + "\n")
+    shown = [i for i, name in enumerate(columns) if name != "verifier"]  # it would not fit
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if i in (1, 2) else "right")
+    for i in shown:
+        table.add_column(list(columns)[i], justify="left" if i == 1 else "right")
     for i, row in enumerate(rows):
         last = i + 1 < len(rows) and records[i]["temperature"] != records[i + 1]["temperature"]
-        table.add_row(*row, end_section=last)
+        table.add_row(*(row[j] for j in shown), end_section=last)
     console.print(title, highlight=False)
     console.print(table)
     console.print(f"Written to {output}: results.json, results.md, results.png", highlight=False)

@@ -18,7 +18,8 @@ and no dispatch is timed. Repeats of all parts are interleaved, medians are show
     step         `engine.advance`, everything at once
     rest         step - (target and drafter + warp and verify + absorb)
 
-Overheads: step / (target and drafter), the same without choose, and step / (target + drafter).
+Overheads, medians of ratios of one repeat: step / (target and drafter), the same without choose,
+and step / (target + drafter).
 Writes results.json and results.md into `config.output`.
 """
 
@@ -26,6 +27,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ from specjax.models.transformer import TransformerConfig, num_params, transforme
 from specjax.types import (
     Array,
     Block,
+    Cache,
     Context,
     Decoder,
     DecodeState,
@@ -57,6 +60,7 @@ from specjax.types import (
     Outcome,
     Params,
     PyTree,
+    Sampling,
     Verdict,
     Verifier,
 )
@@ -64,6 +68,8 @@ from specjax.types import (
 # (inputs, carry) -> carry, the inputs, which never change, and the first carry.
 Part = tuple[Callable[[Any, Any], Any], Any, Any]
 
+_MODELS = "target and drafter"
+_SUM = (_MODELS, "warp and verify", "absorb")  # parts that make up a step
 _WITHIN = ("target", "drafter", "choose", "warp", "noise", "verify")  # parts of other parts
 
 
@@ -75,8 +81,10 @@ def run(c: ConfigDict) -> list[dict[str, Any]]:
     """Profiles, writes and prints. Returns the records."""
     if c.repeats < 1 or c.seconds <= 0:
         raise ValueError(f"repeats is {c.repeats}, seconds {c.seconds}; need at least 1, over 0.")
-    if not c.prompt_length + 2 < c.max_length:
-        raise ValueError(f"A prompt of {c.prompt_length} fills a buffer of {c.max_length}.")
+    if not 1 <= c.prompt_length <= c.max_length // 2:
+        raise ValueError(
+            f"prompt_length is {c.prompt_length}; need 1 to {c.max_length // 2}, half the buffer."
+        )
     console = Console()
     target = transformer(TransformerConfig(**c.target))
     draft = transformer(TransformerConfig(**c.draft))
@@ -91,10 +99,12 @@ def run(c: ConfigDict) -> list[dict[str, Any]]:
         state = _start(c, decoder, params, target.vocab_size, case.temperature)
         parts = _parts(target, drafter, verifier, choose, params, state)
         loops = {part: _loop(*spec) for part, spec in parts.items()}
-        loops["step"] = _whole(decoder, params, state, c.max_length)
-        ms = _measure(loops, c.repeats, c.seconds, name, console)
+        loops["step"] = _whole(decoder, params, state)
+        # Rows that were full would make the last steps free.
+        most = {"step": (c.max_length - c.prompt_length) // (decoder.proposal.depth + 1)}
+        times = _measure(loops, most, c.repeats, c.seconds, name, console)
         del parts, loops, state
-        models = ms["target and drafter"]
+        ms = {part: statistics.median(values) for part, values in times.items()}
         records.append(
             {
                 "case": name,
@@ -103,10 +113,14 @@ def run(c: ConfigDict) -> list[dict[str, Any]]:
                 "max_length": c.max_length,
                 "num_nodes": decoder.proposal.num_nodes,
                 "milliseconds": ms,
-                "rest": ms["step"] - models - ms["warp and verify"] - ms["absorb"],
-                "overhead": ms["step"] / models,
-                "overhead_without_choose": ms["step"] / (models - ms["choose"]),
-                "overhead_alone": ms["step"] / (ms["target"] + ms["drafter"]),
+                "rest": _paired(times, lambda t: t["step"] - sum(t[part] for part in _SUM)),
+                "overhead": _paired(times, lambda t: t["step"] / t[_MODELS]),
+                "overhead_without_choose": _paired(
+                    times, lambda t: t["step"] / (t[_MODELS] - t["choose"])
+                ),
+                "overhead_alone": _paired(
+                    times, lambda t: t["step"] / (t["target"] + t["drafter"])
+                ),
                 "target_parameters": num_params(params.target),
                 "draft_parameters": num_params(params.drafter),
                 "device": jax.devices()[0].device_kind,
@@ -172,20 +186,18 @@ def _parts(
     rows = draft.tokens.shape[0]
     path = jnp.zeros((rows, depth + 1), jnp.int32)
 
+    # The parents are constants, as they are where a builder makes them.
+    parents = jax.device_get(draft.parents)
+
+    def guess(tokens: Array, probs: Array | None) -> Draft:
+        return replace(draft, tokens=tokens, parents=jnp.asarray(parents), probs=probs)
+
     def pass_target(inputs: tuple, carry: tuple) -> tuple:
-        tokens, start = carry
+        tokens, length = carry
         params, context = inputs
-        # The parents are the builder's own constants, as they are in a step.
-        guess = drafter_parents(tokens)
-        output, _ = score(params, context.replace(length=start), guess)
+        output, _ = score(params, replace(context, length=length), guess(tokens, None))
         zero = _nothing(output.logits)
-        return tokens + zero, start + zero
-
-    def drafter_parents(tokens: Array) -> Draft:
-        parents = jnp.broadcast_to(jnp.asarray(fixed_parents), tokens.shape)
-        return draft.replace(tokens=tokens, parents=parents)
-
-    fixed_parents = jax.device_get(draft.parents[0])
+        return tokens + zero, length + zero
 
     def drafting(reveal: Callable[[tuple, Context, Draft], ModelOutput]) -> Callable:
         """The drafter's two passes around whatever the target reveals."""
@@ -193,16 +205,16 @@ def _parts(
         def body(inputs: tuple, carry: tuple) -> tuple:
             params, _, cache = inputs
             believed, tokens, length = carry
-            now = context.replace(tokens=tokens, length=length, cache=cache)
-            guess, believed = drafter.propose(params, keys, believed, now)
-            output = reveal(inputs, now, guess)
-            used = _nothing(guess.tokens) + _nothing(output.logits[:, :, :1])
-            if guess.probs is not None:
-                used += _nothing(guess.probs)
-            verdict = Verdict(path, jnp.ones(rows, jnp.int32) + used, guess.tokens[:, -1])
-            tokens = caches.write(tokens, guess.tokens[:, -1:], length, verdict.num_nodes)
-            grown = now.replace(tokens=tokens, length=length + verdict.num_nodes)
-            believed = drafter.observe(params, believed, grown, Outcome(guess, output, verdict))
+            now = replace(context, tokens=tokens, length=length, cache=cache)
+            new, believed = drafter.propose(params, keys, believed, now)
+            output = reveal(inputs, now, new)
+            used = _nothing(new.tokens) + _nothing(output.logits[:, :, :1])
+            if new.probs is not None:
+                used += _nothing(new.probs)
+            verdict = Verdict(path, jnp.ones(rows, jnp.int32) + used, new.tokens[:, -1])
+            tokens = caches.write(tokens, new.tokens[:, -1:], length, verdict.num_nodes)
+            grown = replace(now, tokens=tokens, length=length + verdict.num_nodes)
+            believed = drafter.observe(params, believed, grown, Outcome(new, output, verdict))
             # Back to where it started, or the buffer would fill up.
             full = grown.length >= tokens.shape[1] - depth
             length = jnp.where(full, state.context.length, grown.length)
@@ -210,19 +222,19 @@ def _parts(
 
         return body
 
-    def known(inputs: tuple, now: Context, guess: Draft) -> ModelOutput:
-        del now, guess
+    def known(inputs: tuple, now: Context, new: Draft) -> ModelOutput:
+        del now, new
         return inputs[1]
 
-    def scored(inputs: tuple, now: Context, guess: Draft) -> ModelOutput:
-        output, _ = score(inputs[0].target, now, guess)
-        return output.replace(logits=output.logits + _nothing(output.logits))
+    def scored(inputs: tuple, now: Context, new: Draft) -> ModelOutput:
+        output, _ = score(inputs[0].target, now, new)
+        return replace(output, logits=output.logits + _nothing(output.logits))
 
     def pass_choose(inputs: tuple, carry: Array) -> Array:
         logits, context = inputs
         for level in range(1, depth + 1):  # one after another, as drafting is
             tokens, probs = choose.draw(
-                keys, context.replace(length=context.length + carry), level, logits + carry, 1
+                keys, replace(context, length=context.length + carry), level, logits + carry, 1
             )
             carry = carry + _nothing(tokens)
             if probs is not None:
@@ -233,25 +245,31 @@ def _parts(
         logits, how = inputs
         return carry + _nothing(sampling.warp(logits + carry, how))
 
-    def judge(context: Context, draft: Draft, output: ModelOutput, warped: Array) -> Array:
-        verdict = verifier.verify(params, keys, context, draft, output, warped)
-        return _nothing(verdict.path) + _nothing(verdict.num_nodes) + _nothing(verdict.next_token)
+    def judging(reveal: Callable[[Array, Array, Sampling], Array]) -> Callable:
+        """The verifier on the warped logits that `reveal` makes of what it is given."""
 
-    def pass_verify(inputs: tuple, carry: Array) -> Array:
-        context, draft, output, warped = inputs
-        moved = context.replace(length=context.length + carry)
-        return carry + judge(moved, drafter_parents_of(draft, carry), output, warped + carry)
+        def body(inputs: tuple, carry: Array) -> Array:
+            params, context, draft, output, given = inputs
+            context = replace(context, length=context.length + carry)
+            verdict = verifier.verify(
+                params,
+                keys,
+                context,
+                guess(draft.tokens + carry, draft.probs),
+                output,
+                reveal(given, carry, context.sampling),
+            )
+            used = _nothing(verdict.path) + _nothing(verdict.num_nodes)
+            return carry + used + _nothing(verdict.next_token)
 
-    def drafter_parents_of(draft: Draft, carry: Array) -> Draft:
-        return drafter_parents(draft.tokens + carry).replace(probs=draft.probs)
+        return body
 
-    def pass_both(inputs: tuple, carry: Array) -> Array:
-        context, draft, output = inputs
-        moved = context.replace(length=context.length + carry)
-        logits = output.logits + carry
-        warped = sampling.warp(logits, context.sampling)
-        moved_output = output.replace(logits=logits)
-        return carry + judge(moved, drafter_parents_of(draft, carry), moved_output, warped)
+    def warped_before(given: Array, carry: Array, how: Sampling) -> Array:
+        del how
+        return given + carry
+
+    def warped_now(given: Array, carry: Array, how: Sampling) -> Array:
+        return sampling.warp(given + carry, how)
 
     def pass_noise(inputs: Keys, carry: Array) -> Array:
         position = context.length[:, None] + carry + jnp.arange(depth + 1)
@@ -260,18 +278,20 @@ def _parts(
     def pass_absorb(inputs: tuple, carry: Context) -> Context:
         block, tokens = inputs
         count = jnp.ones(rows, jnp.int32) + _nothing(carry.tokens[:, 0])
-        new = carry.replace(
+        new = replace(
+            carry,
             tokens=caches.write(carry.tokens, tokens, carry.length, count),
             length=carry.length + count,
             cache=caches.commit(carry.cache, block, path, count),
         )
         full = new.length >= carry.tokens.shape[1] - depth
         length = jnp.where(full, context.length, new.length)
-        return new.replace(length=length, cache=new.cache.replace(length=length - 1))
+        return replace(new, length=length, cache=replace(new.cache, length=length - 1))
 
     zero = jnp.int32(0)
     logits = output.logits[:, :1]
-    small = context.replace(cache=())  # these parts do not read the cache
+    small = replace(context, cache=Cache((), (), context.cache.length))  # not read by these parts
+    judged = (params, small, draft, output)
     drafted = (
         (params, output, context.cache),
         (state.drafter, context.tokens, context.length),
@@ -283,8 +303,8 @@ def _parts(
         "choose": (pass_choose, (logits, small), zero),
         "warp": (pass_warp, (output.logits, context.sampling), zero),
         "noise": (pass_noise, keys, zero),
-        "verify": (pass_verify, (small, draft, output, warped), zero),
-        "warp and verify": (pass_both, (small, draft, output), zero),
+        "verify": (judging(warped_before), (*judged, warped), zero),
+        "warp and verify": (judging(warped_now), (*judged, output.logits), zero),
         "absorb": (pass_absorb, (block, draft.tokens[:, : depth + 1]), context),
     }
 
@@ -304,35 +324,30 @@ def _loop(body: Callable[[Any, Any], Any], inputs: Any, carry: Any) -> Callable[
     return timed
 
 
-def _whole(
-    decoder: Decoder, params: Params, state: DecodeState, max_length: int
-) -> Callable[[int], float]:
+def _whole(decoder: Decoder, params: Params, state: DecodeState) -> Callable[[int], float]:
     """The same for whole steps; the state is copied first, for `advance` consumes it."""
 
     def timed(n: int) -> float:
         fresh = jax.block_until_ready(jax.tree.map(jnp.copy, state))
         start = time.perf_counter()
-        end = jax.block_until_ready(engine.advance(decoder, params, fresh, n))
-        seconds = time.perf_counter() - start
-        taken = int(end.num_steps.min())
-        if taken < n:
-            raise ValueError(
-                f"Rows were full after {taken} of {n} steps; need max_length over {max_length}, a "
-                "shorter prompt or fewer seconds."
-            )
-        return seconds
+        jax.block_until_ready(engine.advance(decoder, params, fresh, n))
+        return time.perf_counter() - start
 
     return timed
 
 
 def _measure(
     loops: Mapping[str, Callable[[int], float]],
+    most: Mapping[str, int],
     repeats: int,
     seconds: float,
     name: str,
     console: Console,
-) -> dict[str, float]:
-    """Milliseconds of a round of each loop, medians of interleaved repeats of `seconds` each."""
+) -> dict[str, list[float]]:
+    """Milliseconds of a round of each loop in each of the interleaved repeats.
+
+    A repeat takes `seconds`, but no more rounds than `most` has for the part.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     left = TimeRemainingColumn()
     quiet = not console.is_terminal
@@ -342,7 +357,11 @@ def _measure(
         for part, loop in loops.items():
             progress.update(task, description=f"{name}: compiling {part}")
             loop(1)
-            rounds[part] = min(max(2, int(seconds / (loop(10) / 10))), 200_000)
+            n, taken, limit = 2, 0.0, most.get(part, 10**6)
+            while taken < seconds / 2 and n < limit:
+                taken = loop(n)
+                n = min(limit, max(2, int(n * seconds / taken)))
+            rounds[part] = n
             progress.advance(task)
         found: dict[str, list[float]] = {part: [] for part in loops}
         for repeat in range(repeats):
@@ -350,7 +369,13 @@ def _measure(
             for part, loop in loops.items():
                 found[part].append(1e3 * loop(rounds[part]) / rounds[part])
                 progress.advance(task)
-    return {part: statistics.median(values) for part, values in found.items()}
+    return found
+
+
+def _paired(times: Mapping[str, list[float]], figure: Callable[[dict[str, float]], float]) -> float:
+    """The median over repeats of a figure of each."""
+    repeats = range(len(times["step"]))
+    return statistics.median(figure({p: t[i] for p, t in times.items()}) for i in repeats)
 
 
 # ------------------------------------------------------------------------------------------ results

@@ -39,8 +39,9 @@ def speedups(records: Sequence[dict[str, Any]], path: str | Path) -> None:
             if not record["lossless"]:
                 bar.set_hatch("///")
         labels = ["-" if r[name] is None else f"{r[name]:.2f}" for r in records]
-        axes.bar_label(bars, labels, padding=3, fontsize=9)
-        axes.axvline(1.0, color="0.35", linewidth=0.9, linestyle="--")
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+        axes.bar_label(bars, labels, padding=4, fontsize=9, bbox=box)
+        axes.axvline(1.0, color="0.35", linewidth=0.9, linestyle="--", zorder=1.5)
         axes.set_xlim(0, 1.15 * max([*values, 1.0]))
         axes.set_title(title, fontsize=11)
         axes.spines[["top", "right", "left"]].set_visible(False)

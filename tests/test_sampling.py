@@ -117,7 +117,7 @@ def test_sampling_refuses(arguments: dict[str, Any], message: str) -> None:
         samplers.sampling(2, **arguments)
 
 
-# ---------------------------------------------------------------------------------------- randomness
+# --------------------------------------------------------------------------------------- randomness
 
 
 def keys(n: int, seed: int = 0) -> Keys:

@@ -1,4 +1,4 @@
-"""The trainer: an interrupted run resumes to the same curve, and its export loads and is complete."""
+"""The trainer: an interrupted run resumes to the same curve, and its export is complete."""
 
 import importlib.util
 import json

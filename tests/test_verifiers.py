@@ -16,16 +16,17 @@ import pytest
 
 from specjax import cache as caches
 from specjax.sampling import sampling, shared_gumbel, streams
-from specjax.types import Context, Draft, ModelOutput, Params
+from specjax.types import Context, Draft, ModelOutput, Params, Verdict
 from specjax.verifiers import rejection as rejection_module
 from specjax.verifiers.match import match
 from specjax.verifiers.rejection import rejection
 
 EXACT = 1e-6  # total variation
+ROWS = 1024
 
 Strings = dict[tuple[int, ...], np.ndarray]  # the law [V] of what follows each string
 
-# ------------------------------------------------------------------------------------- enumeration
+# -------------------------------------------------------------------------------------- enumeration
 
 
 class Spec(NamedTuple):
@@ -109,35 +110,78 @@ def enumerate_rejection(
     """Verifies every draft under every pattern of acceptances, one batch row each."""
     n, v = len(spec.parents), spec.vocab_size
     depth = max(depths(spec.parents)) if spec.depth is None else spec.depth
-    patterns = np.array(list(itertools.product([False, True], repeat=n - 1)))
-    patterns = np.concatenate([np.ones((len(patterns), 1), bool), patterns], 1)
+    decisions = np.array(list(itertools.product([True], *[[False, True]] * (n - 1))))
     found = [reordered(spec, *x) if reorder else x for x in drafts(spec, q)]
-    tokens, laws, weight = (
-        np.repeat(np.array(x), len(patterns), 0) for x in zip(*found, strict=True)
-    )
-    rows = len(tokens)
-    decisions = np.tile(patterns, (rows // len(patterns), 1))
-    points = all(kind == "best" or isinstance(kind, int) for kind in spec.kinds)
+    tokens, laws, weight = (np.array(x) for x in zip(*found, strict=True))
     target = np.array([[p[string_of(spec.parents, x, i)] for i in range(n)] for x, _, _ in found])
-    target = np.repeat(target, len(patterns), 0)
-    residual: list[np.ndarray] = []
+    draft_of = np.repeat(np.arange(len(found)), len(decisions))
+    pattern_of = np.tile(np.arange(len(decisions)), len(found))
+    # Batches of one size, the last one padded with weight 0: operations are compiled once.
+    padding = -len(draft_of) % ROWS
+    draft_of, pattern_of = (np.pad(x, (0, padding)) for x in (draft_of, pattern_of))
+    weight = np.where(np.arange(len(draft_of)) < len(draft_of) - padding, weight[draft_of], 0)
+    points = all(kind == "best" or isinstance(kind, int) for kind in spec.kinds)
+    joint, expected_nodes = np.zeros([v] * (depth + 1)), 0.0
+    for rows in np.arange(len(draft_of)).reshape(-1, ROWS):
+        draft = Draft(
+            tokens=jnp.asarray(tokens[draft_of[rows]], jnp.int32),
+            parents=jnp.asarray(np.tile(spec.parents, (ROWS, 1)), jnp.int32),
+            probs=None if points else jnp.asarray(laws[draft_of[rows]], jnp.float32),
+            num_drafted=jnp.full([ROWS], n - 1),
+            depth=depth,
+        )
+        verdict, chance, residual = prescribed(
+            draft, target[draft_of[rows]], decisions[pattern_of[rows]], spec, monkeypatch
+        )
+        path, count = np.asarray(verdict.path), np.asarray(verdict.num_nodes)
+        mass = weight[rows] * chance
+        expected_nodes += float((mass * count).sum())
+        assert path.shape == (ROWS, depth + 1)
+        for b in np.flatnonzero(mass):
+            way = path[b, : count[b]].tolist()
+            assert [spec.parents[i] for i in way] == [-1, *way[:-1]], "a path from the root down"
+            string = tuple(np.asarray(draft.tokens)[b, way[1:]].tolist())
+            joint[string] += mass[b] * rest_of(
+                p, string, depth + 1 - len(string), v, residual[b] / residual[b].sum()
+            )
+    assert joint.sum() == pytest.approx(1, abs=1e-5)
+    return Outputs(joint.reshape(-1), expected_nodes)
+
+
+def prescribed(
+    draft: Draft,
+    target: np.ndarray,
+    decisions: np.ndarray,
+    spec: Spec,
+    monkeypatch: pytest.MonkeyPatch,
+) -> tuple[Verdict, np.ndarray, np.ndarray]:
+    """Runs the rule with prescribed acceptances.
+
+    Args:
+        target: [B, N, V], the target's laws.
+        decisions: [B, N] bool, whether each node is to be accepted.
+
+    Returns:
+        The verdict, the probability [B] of these decisions, and the weights [B, V] from which the
+        next token would have been drawn.
+    """
+    n = len(spec.parents)
+    probability, residual = np.ones(len(target)), []
 
     def bernoulli(
         rng_keys: Any, context: Any, site: str, probs: jax.Array, index: Any = 0
     ) -> jax.Array:
-        nonlocal weight
         chance = np.clip(np.asarray(probs, np.float64), 0, 1)
         assert np.isfinite(chance).all()
-        came_true = np.zeros(chance.shape, bool)
-        if chance.shape[1] == n - 1:  # a chain: all at once
+        if chance.shape[1] == n - 1:  # a chain: all nodes at once
             child_of = {i - 1: i for i in range(1, n)}
         else:  # a tree: the index-th child of every node
             kids = {j: [i for i in range(1, n) if spec.parents[i] == j] for j in range(n)}
             child_of = {j: k[int(index)] for j, k in kids.items() if len(k) > int(index)}
+        came_true = np.zeros(chance.shape, bool)
         for place, child in child_of.items():
             came_true[:, place] = decisions[:, child]
-            this = chance[:, place]
-            weight = weight * np.where(came_true[:, place], this, 1 - this)
+            probability[:] *= np.where(decisions[:, child], chance[:, place], 1 - chance[:, place])
         return jnp.asarray(came_true)
 
     def categorical(rng_keys: Any, context: Any, site: str, log_weights: jax.Array) -> jax.Array:
@@ -146,43 +190,28 @@ def enumerate_rejection(
 
     monkeypatch.setattr(rejection_module, "bernoulli", bernoulli)
     monkeypatch.setattr(rejection_module, "categorical", categorical)
-    draft = Draft(
-        tokens=jnp.asarray(tokens, jnp.int32),
-        parents=jnp.broadcast_to(jnp.asarray(spec.parents, jnp.int32), (rows, n)),
-        probs=None if points else jnp.asarray(laws, jnp.float32),
-        num_drafted=jnp.full([rows], n - 1),
-        depth=depth,
-    )
-    warped = jnp.log(jnp.asarray(target, jnp.float32))
+    warped = jnp.asarray(np.log(target, where=target > 0, out=np.full_like(target, -np.inf)))
     output = ModelOutput(warped, warped)
     with jax.disable_jit():  # loops run in Python, where decisions can be prescribed
         verdict = rejection().verify(Params(()), None, None, draft, output, warped)
-    path, count = np.asarray(verdict.path), np.asarray(verdict.num_nodes)
-    assert path.shape == (rows, depth + 1)
     assert len(residual) == 1
-    np.testing.assert_allclose(weight.sum(), 1, atol=1e-5)
-
-    law: dict[tuple[int, ...], float] = {}
-    for b in np.flatnonzero(weight > 0):
-        way = path[b, : count[b]].tolist()
-        assert [spec.parents[i] for i in way] == [-1, *way[:-1]], "a path from the root down"
-        string = tuple(tokens[b, way[1:]].tolist())
-        following = residual[0][b] / residual[0][b].sum()
-        for token in np.flatnonzero(following):
-            key = (*string, int(token))
-            law[key] = law.get(key, 0) + weight[b] * following[token]
-    joint = np.zeros([v] * (depth + 1))
-    for string, mass in law.items():
-        joint[string] += mass * rest_of(p, string, depth + 1 - len(string), v)
-    return Outputs(joint.reshape(-1), float((weight * count).sum()))
+    return verdict, probability, residual[0]
 
 
-def rest_of(p: Strings, string: tuple[int, ...], n: int, vocab_size: int) -> np.ndarray:
-    """The joint law [V, ... n times] of what the target writes after `string`."""
+def rest_of(
+    p: Strings,
+    string: tuple[int, ...],
+    n: int,
+    vocab_size: int,
+    first: np.ndarray | None = None,
+) -> np.ndarray:
+    """The joint law [V, ... n times] of what follows `string`, the first of it drawn from `first`
+    and the rest by the target."""
     if n == 0:
         return np.ones(())
+    law = p[string] if first is None else first
     rest = [rest_of(p, (*string, t), n - 1, vocab_size) for t in range(vocab_size)]
-    return np.stack([p[string][t] * rest[t] for t in range(vocab_size)])
+    return np.stack([law[t] * rest[t] for t in range(vocab_size)])
 
 
 def reordered(
@@ -197,30 +226,32 @@ def total_variation(a: np.ndarray, b: np.ndarray) -> float:
     return float(abs(a - b).sum() / 2)
 
 
-# ------------------------------------------------------------------------------------------ rejection
+# ---------------------------------------------------------------------------------------- rejection
 
 CHAIN = (-1, 0, 1)
 BUSHY = (-1, 0, 0, 1, 1, 2, 2)
+SIBLINGS = (-1, 0, 0, 0)
+UNEVEN = (-1, 0, 0, 1, 1)
 SPECS = {
     "root alone": Spec((-1,), (), 4),
     "chain": Spec(CHAIN, ("q", "q"), 4),
     "chain with holes": Spec(CHAIN, ("q", "q"), 4, holes=0.5),
     "chain of points": Spec(CHAIN, ("best", 2), 4),
     "chain, point then sampled": Spec(CHAIN, (1, "q"), 4),
-    "siblings without replacement": Spec((-1, 0, 0, 0), ("w", "w", "w"), 4),
-    "all siblings there are": Spec((-1, 0, 0, 0), ("w", "w", "w")),
-    "siblings with holes": Spec((-1, 0, 0, 0), ("w", "w", "w"), 4, holes=0.5),
+    "siblings without replacement": Spec(SIBLINGS, ("w", "w", "w"), 4),
+    "all siblings there are": Spec(SIBLINGS, ("w", "w", "w")),
+    "siblings with holes": Spec(SIBLINGS, ("w", "w", "w"), 4, holes=0.5),
+    "independent siblings": Spec(SIBLINGS, ("q", "q", "q"), 4),
     "tree without replacement": Spec(BUSHY, ("w",) * 6),
     "tree with holes": Spec(BUSHY, ("w",) * 6, holes=0.4),
-    "uneven tree": Spec((-1, 0, 0, 1, 1), ("w",) * 4, 4),
-    "independent siblings": Spec((-1, 0, 0, 0), ("q",) * 3, 4),
-    "independent tree": Spec((-1, 0, 0, 1, 1), ("q",) * 4, holes=0.2),
+    "tree of points": Spec(BUSHY, ("best",) * 6),
+    "point beside sampled": Spec((-1, 0, 0, 0, 1, 1, 2), ("best", "w", "q", 0, "q", 1)),
+    "uneven tree": Spec(UNEVEN, ("w",) * 4),
+    "independent tree": Spec(UNEVEN, ("q",) * 4, holes=0.2),
     "independent paths": Spec((-1, 0, 0, 1, 2), ("q",) * 4),
-    "tree of points": Spec((-1, 0, 0, 1, 1, 2), ("best",) * 5, 4),
     "repeated points": Spec((-1, 0, 0, 1, 2), (1, 1, 0, 2)),
-    "point beside sampled": Spec((-1, 0, 0, 0, 1, 1), ("best", "w", "q", 0, "q")),
-    "sampled beside point": Spec((-1, 0, 0, 1, 1), ("q", 1, "q", 2)),
-    "dead nodes": Spec((-1, 0, 0, 1, 1), ("w",) * 4, depth=1),
+    "sampled beside point": Spec(UNEVEN, ("q", 1, "q", 2)),
+    "dead nodes": Spec(UNEVEN, ("w",) * 4, depth=1),
 }
 
 
@@ -259,7 +290,7 @@ def test_rejection_accepts_as_often_as_it_should(
     assert outputs.expected_nodes - 1 == pytest.approx(accepted, abs=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------- match
+# -------------------------------------------------------------------------------------------- match
 
 
 def test_match_walks_the_tree() -> None:

@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from absl import app, flags
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from specjax import scripts
 from specjax.data import batches, sources, tokenizers
 from specjax.models import hf
 from specjax.models.transformer import TransformerConfig, num_params, transformer
@@ -33,19 +33,9 @@ from specjax.objectives.distill import distill
 from specjax.objectives.next_token import next_token
 from specjax.types import Array, PyTree
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A Python file with get_config().")
-
-
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"Unexpected argument {argv[1]!r}; everything is set by --config.")
-    try:
-        train(_CONFIG.value)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-
 
 def train(c: ConfigDict) -> None:
+    """Trains, resuming where an earlier run of the same config stopped, and exports."""
     workdir = Path(c.workdir).absolute()
     workdir.mkdir(parents=True, exist_ok=True)
 
@@ -78,7 +68,10 @@ def train(c: ConfigDict) -> None:
     data = batches.batches(sequences, c.batch_size, c.seed)
 
     # Model and objective.
-    config = TransformerConfig(vocab_size=vocab_size, **c.model)
+    try:
+        config = TransformerConfig(vocab_size=vocab_size, **c.model)
+    except TypeError as error:
+        raise ValueError(f"config.model has {sorted(c.model)}: {error}.") from error
     model = transformer(config)
     target_params: PyTree = ()
     if c.objective == "next_token":
@@ -242,5 +235,4 @@ def train(c: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    scripts.run(train)

@@ -2,7 +2,7 @@
 
     python decode/profile.py --config=configs/bench/llama_30m.py
 
-About 2 minutes on two CPU cores. A step should cost at most 1.10 times its target and drafter
+About 3 minutes on two CPU cores. A step should cost at most 1.10 times its target and drafter
 passes at temperature 0 and 1.15 times at temperature 1.
 """
 

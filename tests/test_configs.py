@@ -1,0 +1,128 @@
+"""Every config builds, and every one that decodes does so with tiny models."""
+
+import importlib.util
+import io
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import pytest
+from directories import ROOT, save_model
+from ml_collections import ConfigDict
+
+from decode import benchmark, generate, profile
+from specjax import engine
+from specjax.build import build
+from specjax.models.transformer import TransformerConfig, transformer
+
+CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.py"))
+TINY = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_layers": 1}
+TINY |= {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("config", ROOT / name)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    path = tmp_path_factory.mktemp("checkpoints")
+    return save_model(path / "target"), save_model(path / "draft", seed=1)
+
+
+def shrink_drafter(drafter: ConfigDict) -> None:
+    build = drafter.get("build", drafter)
+    if "parents" in build:
+        build.parents = (-1, 0, 0, 1)
+    elif "num_tokens" in build:
+        build.num_tokens = 2
+
+
+def shrink(c: ConfigDict, directories: tuple[str, str], output: Path) -> ConfigDict:
+    """The config's methods on tiny models, tiny trees and next to no text."""
+    for method in c.methods.values():
+        if "drafter" in method:
+            shrink_drafter(method.drafter)
+    c.update(target=directories[0], draft=directories[1], output=str(output))
+    c.update(num_prompts=2, prompt_length=16, max_new_tokens=10, repeats=1)
+    return c
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_loads_and_says_how_to_run_it(name: str) -> None:
+    module = load(name)
+    c = module.get_config()
+    assert isinstance(c, ConfigDict)
+    assert "    python " in (module.__doc__ or "")
+    if name.startswith("configs/train/"):
+        model = transformer(TransformerConfig(vocab_size=64, **c.model))
+        assert jax.eval_shape(model.init, jax.random.key(0))
+
+
+def test_demo(directories: tuple[str, str], tmp_path: Path) -> None:
+    c = shrink(load("configs/bench/demo.py").get_config(), directories, tmp_path)
+    records = benchmark.run(c)
+    wanted = [(n, t) for t in c.temperatures for n, m in c.methods.items() if t in m.temperatures]
+    assert [(r["method"], r["temperature"]) for r in records] == wanted
+    for record in records:
+        assert record["tokens"] > 0
+        assert record["seconds"] > 0
+        assert record["tokens_per_second"] > 0
+        assert 1 <= record["mat"] <= record["depth"] + 1
+        assert record["accepted_per_step"] == pytest.approx(record["mat"] - 1)
+        assert record["lossless"]
+        told = record["temperature"] == 0 or record["verifier"] == "match"
+        assert record["identical"] is (True if told else None)
+        if record["method"] == "none":
+            assert record["speedup"] == record["mat"] == 1
+            assert record["acceptance_rate"] is None
+    assert json.loads((tmp_path / "results.json").read_text()) == records
+    assert (tmp_path / "results.md").read_text().count("\n| ") == len(records) + 2
+    assert (tmp_path / "results.png").stat().st_size > 1000
+
+
+def test_transformers(directories: tuple[str, str], tmp_path: Path) -> None:
+    c = shrink(load("configs/bench/transformers.py").get_config(), directories, tmp_path)
+    if importlib.util.find_spec("torch") is None:
+        with pytest.raises(ValueError, match=r"specjax\[parity\]"):
+            benchmark.run(c)
+        return
+    records = benchmark.run(c)
+    assert sum(r["method"].startswith("transformers") for r in records) == 3
+    assert all(r["identical"] for r in records)
+
+
+def test_llama_30m(tmp_path: Path) -> None:
+    c = load("configs/bench/llama_30m.py").get_config()
+    target, draft = (transformer(TransformerConfig(**shape)) for shape in (c.target, c.draft))
+    for case in c.cases.values():
+        drafter, verifier = build(case.drafter, draft=draft), build(case.verifier)
+        assert engine.decoder(target, drafter, verifier).lossless
+    c.target.update(TINY)
+    c.draft.update(TINY)
+    c.update(output=str(tmp_path), repeats=1, seconds=0.01, max_length=256, prompt_length=8)
+    c.cases = {"sampled": c.cases.sampled}
+    shrink_drafter(c.cases.sampled.drafter)
+    (record,) = profile.run(c)
+    assert all(value > 0 for value in record["milliseconds"].values())
+    assert record["overhead"] > 0
+    assert "target and drafter" in (tmp_path / "results.md").read_text()
+
+
+def test_generate(
+    directories: tuple[str, str],
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    c = load("configs/generate.py").get_config()
+    c.update(target=directories[0], max_new_tokens=8)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("def f("))
+    generate.main(c)
+    assert "8 tokens" in capsys.readouterr().err
