@@ -78,7 +78,8 @@ class Draft:
     parents: Array  # [B, N] int32, -1 at the root
     probs: Array | None  # [B, N, V] float32, or None
     num_drafted: Array  # [B] int32, nodes that are neither root nor filler
-    depth: int = struct.field(pytree_node=False)  # D; deeper nodes are never accepted
+    # D; deeper nodes are never accepted. With N == D + 1 nodes the tree is a chain, by contract.
+    depth: int = struct.field(pytree_node=False)
 
 
 @struct.dataclass

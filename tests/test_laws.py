@@ -43,7 +43,7 @@ from specjax.types import (
 from specjax.verifiers.match import match
 from specjax.verifiers.rejection import rejection
 
-ROWS, WIDTH, SLOTS = 512, 8, 20  # of every batch: rows, widest prompt, buffer
+ROWS, WIDTH, SLOTS = 1024, 8, 20  # of every batch: rows, widest prompt, buffer
 
 # ----------------------------------------------------------------------------------------- programs
 
@@ -226,7 +226,7 @@ LAWS = (
     Law((1, 2, 3, 1, 2, 0), {"temperature": 0.9, "min_p": 0.05}),
     Law((3, 0, 3), {"temperature": 1.3, "top_k": 4, "top_p": 0.9}),
 )
-NUM_CALLS = 80
+NUM_CALLS = 40
 ROWS_PER_LAW = NUM_CALLS * ROWS // len(LAWS)
 NUM_TESTS = len(CASES) * len(LAWS)
 FAULT = 0.035  # total variation that is found with probability .99, whatever its form

@@ -30,15 +30,15 @@ def get_config() -> ConfigDict:
     )
     c.sequence_length = 256
     c.batch_size = 16
-    c.num_steps = 2000
+    c.num_steps = 1200
     c.learning_rate = 4e-3  # peak, then a cosine to zero
     c.warmup_steps = 100
     c.weight_decay = 0.1  # of matrices
     c.clip_norm = 1.0
     c.seed = 1
     c.log_every = 10
-    c.eval_every = 100  # a twentieth of the steps
+    c.eval_every = 60  # a twentieth of the steps
     c.eval_sequences = 192
-    c.checkpoint_every = 100
+    c.checkpoint_every = 60
     c.keep_checkpoints = 2
     return c

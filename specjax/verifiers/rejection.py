@@ -71,6 +71,8 @@ def _tree(rng_keys: Keys, context: Context, draft: Draft, p: Array) -> tuple[Arr
     b, n, vocab = p.shape
     node = jnp.arange(n, dtype=jnp.int32)
     siblings = draft.parents[:, :, None] == draft.parents[:, None, :]
+    mask = trees.ancestor_mask(draft.parents)
+    alive = trees.depths(mask) < draft.depth  # deeper children are dead: nobody tries them
     rank = (siblings & (node[:, None] > node)).sum(-1, dtype=jnp.int32)
     rank = rank.at[:, 0].set(-1)
     row = jnp.arange(b)[:, None]
@@ -80,7 +82,7 @@ def _tree(rng_keys: Keys, context: Context, draft: Draft, p: Array) -> tuple[Arr
         # child[j]: the k-th child of node j; n where there is none.
         parent = jnp.where(rank == k, draft.parents, n + node)
         child = jnp.full((b, n), n).at[row, parent].set(node, mode="drop", unique_indices=True)
-        exists = child < n
+        exists = (child < n) & alive
         child = jnp.minimum(child, n - 1)
         token = jnp.take_along_axis(draft.tokens, child, 1)
         if draft.probs is None:
@@ -104,6 +106,5 @@ def _tree(rng_keys: Keys, context: Context, draft: Draft, p: Array) -> tuple[Arr
     _, residual, _, accepted = lax.while_loop(
         lambda carry: carry[0] <= rank.max(), next_sibling, start
     )
-    mask = trees.ancestor_mask(draft.parents)
     last, path, num_nodes = trees.deepest(accepted, mask, draft.depth)
     return path, num_nodes, jnp.take_along_axis(residual, last[:, None, None], 1)[:, 0]
