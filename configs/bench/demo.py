@@ -10,14 +10,14 @@ from ml_collections import ConfigDict
 
 GREEDY, SAMPLED = (0.0,), (1.0,)
 NONE = {"call": "specjax.drafters.none.none"}
-LOOKUP = {"call": "specjax.drafters.lookup.lookup", "num_tokens": 5, "ngram": 3}
+LOOKUP = {"call": "specjax.drafters.lookup.lookup", "num_tokens": 4, "ngram": 3}
 MATCH = {"call": "specjax.verifiers.match.match"}
 REJECTION = {"call": "specjax.verifiers.rejection.rejection"}
 # Two candidates for the next token, the likelier one followed further.
-TREE = (-1, 0, 0, 1, 1, 2, 3, 3, 6)
+TREE = (-1, 0, 0, 1, 1, 2, 3)
 
 
-def chain(choose: str, num_tokens: int = 4) -> dict:
+def chain(choose: str, num_tokens: int = 3) -> dict:
     """Drafts one path with the draft model."""
     choose = {"call": f"specjax.drafters.grow.{choose}"}
     build = {"call": "specjax.drafters.grow.chain", "num_tokens": num_tokens, "choose": choose}
