@@ -8,10 +8,10 @@ demo: .venv/runtime
 	$(BIN)/python decode/benchmark.py --config=configs/bench/demo.py
 
 test: .venv/test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-all: .venv/test
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m ""
 
 lint: .venv/test
 	$(BIN)/ruff check .
