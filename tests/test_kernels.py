@@ -15,7 +15,7 @@ from specjax import engine, testing
 from specjax.drafters import grow
 from specjax.drafters.model import model
 from specjax.kernels import native
-from specjax.kernels.linear import FEW_ROWS, linear
+from specjax.kernels.linear import FEW_ROWS, _few_rows, linear
 from specjax.sampling import sampling
 from specjax.types import Params
 from specjax.verifiers.match import match
@@ -43,9 +43,19 @@ def test_product(rows: int, inputs: int, outputs: int) -> None:
 @_NEEDS_COMPILER
 def test_a_row_does_not_depend_on_its_company() -> None:
     x, w = _operands(FEW_ROWS, 200, 600)
-    together = np.asarray(linear(x, w))
+    together = np.asarray(_few_rows(x, w))
     for rows in (1, 2, 5, 9, 16):
-        np.testing.assert_array_equal(linear(x[:rows], w), together[:rows])
+        np.testing.assert_array_equal(_few_rows(x[:rows], w), together[:rows])
+
+
+@_NEEDS_COMPILER
+def test_one_row_is_left_to_xla() -> None:
+    """Plain decoding is the baseline of every speed-up, and there XLA's own product is faster."""
+    uses = {}
+    for rows in (1, 2, FEW_ROWS, FEW_ROWS + 1):
+        text = jax.jit(linear).lower(*_operands(rows, 64, 64)).compile().as_text()
+        uses[rows] = native.TARGET in text
+    assert uses == {1: False, 2: True, FEW_ROWS: True, FEW_ROWS + 1: False}
 
 
 def test_gradients_and_batching() -> None:

@@ -2,8 +2,8 @@
 
     python train/train.py --config=configs/train/draft.py
 
-About 15 minutes on two CPU cores, minutes on an accelerator; it would have two thirds of its
-drafts accepted at temperature 1.
+About 10 minutes on two CPU cores; at temperature 1 a drafted token is accepted with probability
+0.55 (teacher-forced, on held-out text).
 """
 
 from ml_collections import ConfigDict

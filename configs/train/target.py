@@ -2,8 +2,8 @@
 
     python train/train.py --config=configs/train/target.py
 
-About 50 minutes on two CPU cores, minutes on an accelerator; validation loss about 2.0 nats per
-token. Interrupt it at any time: the same command resumes.
+About 40 minutes on two otherwise idle CPU cores; validation loss 3.28 nats per token, 1.27 bits
+per byte. Interrupt it at any time: the same command resumes.
 """
 
 from ml_collections import ConfigDict
