@@ -74,6 +74,13 @@ def chain(tokens: Array, probs: Array | None = None, num_drafted: Array | None =
     return Draft(tokens, parents, probs, num_drafted, depth=n - 1)
 
 
+def node_probs(draft: Draft, vocab_size: int) -> Array:
+    """The law of every node as rows [B, N, V], point masses spelled out."""
+    if draft.probs is not None:
+        return draft.probs
+    return jax.nn.one_hot(draft.tokens, vocab_size, dtype=jnp.float32)
+
+
 class Topology(NamedTuple):
     """A static tree in breadth-first order, with what growing it level by level needs."""
 
