@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from specjax.kernels import noise
 from specjax.types import Array, Context, Keys, Sampling
 
 _SHARED, _PRIVATE = 0, 1
@@ -125,9 +126,10 @@ def _threshold(order: Array, weight: Array, enough: Array) -> Array:
 
 def streams(rng_keys: Array) -> Keys:
     """The two streams of each row from its key, [B]."""
+    keys = noise.straight(rng_keys)
 
     def stream(i: int) -> Array:
-        return jax.vmap(lambda key: jax.random.fold_in(key, i))(rng_keys)
+        return jax.vmap(lambda key: jax.random.fold_in(key, i))(keys)
 
     return Keys(shared=stream(_SHARED), private=stream(_PRIVATE))
 
@@ -135,12 +137,12 @@ def streams(rng_keys: Array) -> Keys:
 def shared_gumbel(rng_keys: Keys, positions: Array, vocab_size: int) -> Array:
     """The noise [B, ..., V] that decides the tokens at `positions` [B, ...], for whoever draws."""
 
-    def draw(key: Array, position: Array) -> Array:
-        return jax.random.gumbel(jax.random.fold_in(key, position), (vocab_size,))
+    def at(key: Array, row: Array) -> Array:
+        return jax.vmap(lambda position: jax.random.fold_in(key, position))(row)
 
     flat = positions.reshape(positions.shape[0], -1)
-    noise = jax.vmap(lambda key, row: jax.vmap(lambda i: draw(key, i))(row))(rng_keys.shared, flat)
-    return noise.reshape(*positions.shape, vocab_size)
+    keys = jax.vmap(at)(rng_keys.shared, flat).reshape(-1)
+    return noise.gumbel(keys, (vocab_size,)).reshape(*positions.shape, vocab_size)
 
 
 def private_keys(rng_keys: Keys, context: Context, site: str, index: int | Array = 0) -> Array:
@@ -167,8 +169,7 @@ def private_gumbel(
     rng_keys: Keys, context: Context, site: str, shape: tuple[int, ...], index: int | Array = 0
 ) -> Array:
     """Gumbel noise [B, *shape]; adding it to log-weights and taking the argmax draws from them."""
-    keys = private_keys(rng_keys, context, site, index)
-    return jax.vmap(jax.random.gumbel, (0, None))(keys, shape)
+    return noise.gumbel(private_keys(rng_keys, context, site, index), shape)
 
 
 def categorical(rng_keys: Keys, context: Context, site: str, log_weights: Array) -> Array:

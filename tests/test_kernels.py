@@ -1,9 +1,11 @@
-"""The CPU kernel: right, the same for a row whatever its company, harmless where it is absent."""
+"""The CPU kernels: right, the same for a row whatever its company, harmless where they are absent."""
 
 import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -14,7 +16,7 @@ import pytest
 from specjax import engine, testing
 from specjax.drafters import grow
 from specjax.drafters.model import model
-from specjax.kernels import native
+from specjax.kernels import attention, native, noise
 from specjax.kernels.linear import FEW_ROWS, _few_rows, linear
 from specjax.sampling import sampling
 from specjax.types import Params
@@ -49,13 +51,115 @@ def test_a_row_does_not_depend_on_its_company() -> None:
 
 
 @_NEEDS_COMPILER
-def test_one_row_is_left_to_xla() -> None:
-    """Plain decoding is the baseline of every speed-up, and there XLA's own product is faster."""
+def test_few_rows_go_through_the_kernel() -> None:
     uses = {}
-    for rows in (1, 2, FEW_ROWS, FEW_ROWS + 1):
+    for rows in (1, FEW_ROWS, FEW_ROWS + 1):
         text = jax.jit(linear).lower(*_operands(rows, 64, 64)).compile().as_text()
-        uses[rows] = native.TARGET in text
-    assert uses == {1: False, 2: True, FEW_ROWS: True, FEW_ROWS + 1: False}
+        uses[rows] = native.LINEAR in text
+    assert uses == {1: True, FEW_ROWS: True, FEW_ROWS + 1: False}
+
+
+def _attention(b: int, n: int, k: int, g: int, h: int, s: int, m: int) -> tuple[jax.Array, ...]:
+    """Operands of `attention._two_products`, rows of any history and any mask that holds self."""
+    rng = np.random.default_rng(b + n + h + s)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    angle = normal(b, n, h // 2)
+    mask = jnp.asarray(rng.random((b, n, m)) < 0.5) | jnp.eye(n, m, m - n, dtype=bool)
+    length = jnp.asarray(rng.integers(0, s + 1, b), jnp.int32)
+    return (
+        *(normal(b, n, k * g, h), normal(b, n, k, h), normal(b, n, k, h)),
+        *(jnp.cos(angle), jnp.sin(angle), mask),
+        *(normal(b, k, s, h), normal(b, k, s, h), length),
+        *(normal(b, k, m - n, h), normal(b, k, m - n, h)),
+    )
+
+
+@_NEEDS_COMPILER
+@pytest.mark.parametrize(
+    ("b", "n", "k", "g", "h", "s", "m"),
+    [
+        (1, 1, 2, 2, 64, 70, 1),
+        (3, 7, 1, 3, 20, 37, 9),
+        (2, 32, 2, 1, 16, 5, 32),
+        (2, 5, 3, 2, 130, 50, 5),
+        (1, 1, 1, 8, 64, 400, 40),
+    ],
+)
+def test_attention(b: int, n: int, k: int, g: int, h: int, s: int, m: int) -> None:
+    """Heads that fill no lanes, groups of rows of every size, earlier nodes in the block."""
+    operands = _attention(b, n, k, g, h, s, m)
+    expected = jax.jit(attention._two_products)(*operands)
+    for a, e in zip(attention._few_rows(*operands), expected, strict=True):
+        np.testing.assert_allclose(a, e, atol=3e-6)
+
+
+@_NEEDS_COMPILER
+def test_attention_reads_history_only_and_rows_alone() -> None:
+    operands = list(_attention(2, 6, 2, 2, 32, 40, 6))
+    mixed, keys, _ = attention._few_rows(*operands)
+    garbage = jnp.arange(40) >= operands[8][:, None]
+    for i in (6, 7):
+        operands[i] = jnp.where(garbage[:, None, :, None], jnp.nan, operands[i])
+    np.testing.assert_array_equal(attention._few_rows(*operands)[0], mixed)
+    # The first two tokens alone, of which the second may see what it saw.
+    two = [x[:, :2] for x in operands[:5]]
+    two += [operands[5][:, :2, :2], *operands[6:]]
+    others = operands[5].at[:, :2, 2:].set(False)
+    operands[5] = others
+    np.testing.assert_allclose(
+        attention._few_rows(*two)[0], attention._few_rows(*operands)[0][:, :2], atol=1e-6
+    )
+    np.testing.assert_array_equal(attention._few_rows(*two)[1], keys[:, :, :2])
+
+
+@_NEEDS_COMPILER
+def test_attention_has_the_plain_gradient() -> None:
+    operands = _attention(1, 3, 2, 2, 8, 6, 4)
+    floats = (0, 1, 2, 6, 7, 9, 10)
+
+    def gradient(function: Callable) -> tuple[jax.Array, ...]:
+        return jax.grad(lambda *x: sum((y**2).sum() for y in function(*x)), floats)(*operands)
+
+    plain = gradient(attention._two_products)
+    for a, e in zip(gradient(attention._few_rows), plain, strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (3, 700), (40000,)])
+def test_noise_is_that_of_jax(shape: tuple[int, ...]) -> None:
+    keys = jax.random.split(jax.random.key(3), 4)
+    straight = noise.straight(keys)
+    for draw in (jax.random.bits, jax.random.uniform):
+        expected = jax.vmap(draw, (0, None))(keys, shape)
+        np.testing.assert_array_equal(jax.vmap(draw, (0, None))(straight, shape), expected)
+    expected = jax.vmap(jax.random.gumbel, (0, None))(keys, shape)
+    np.testing.assert_allclose(noise.gumbel(straight, shape), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_keys_derive_as_those_of_jax() -> None:
+    keys = jax.random.split(jax.random.key(3), 4)
+    for derive in (lambda key: jax.random.fold_in(key, 12345), lambda key: jax.random.split(key)):
+        expected = jax.random.key_data(jax.vmap(derive)(keys))
+        actual = jax.random.key_data(jax.vmap(derive)(noise.straight(keys)))
+        np.testing.assert_array_equal(actual, expected)
+    other = noise.straight(jax.random.split(jax.random.key(0, impl="rbg"), 3))
+    assert len(np.unique(jax.random.key_data(other))) == 6
+
+
+@_NEEDS_COMPILER
+def test_callers_at_once_do_not_mix() -> None:
+    """The kernels' threads serve one caller at a time; whoever comes meanwhile works alone."""
+    operands = [_operands(4, 300, 2000 + 8 * i) for i in range(4)]
+    expected = [np.asarray(_few_rows(x, w)) for x, w in operands]
+
+    def call(i: int) -> bool:
+        return all((np.asarray(_few_rows(*operands[i])) == expected[i]).all() for _ in range(100))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(call, range(4)))
 
 
 def test_gradients_and_batching() -> None:
@@ -89,7 +193,7 @@ def test_decoding_goes_through_the_kernel_and_writes_the_same() -> None:
     arguments = (keys, sampling(2, [0.0, 1.0]), prompt, length, limit)
     params = Params(target_params, draft_params)
     compiled = engine.decode.lower(decoder, params, *arguments, 40).compile()
-    assert native.TARGET in compiled.as_text()
+    assert native.LINEAR in compiled.as_text()
     state = compiled(params, *arguments)
     where = (prompt, length, 40)
     greedy = testing.greedy_reference(target, target_params, *where)

@@ -52,6 +52,7 @@ def _config(directory: Path, name: str, **changes: object) -> ConfigDict:
             "batch_size": 4,
             "num_steps": 20,
             "learning_rate": 1e-2,
+            "adam_learning_rate": 1e-2,
             "warmup_steps": 2,
             "weight_decay": 0.1,
             "clip_norm": 1.0,

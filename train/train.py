@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
+from optax.contrib import MuonDimensionNumbers, muon
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from specjax import scripts
@@ -32,6 +33,16 @@ from specjax.models.transformer import TransformerConfig, num_params, transforme
 from specjax.objectives.distill import distill
 from specjax.objectives.next_token import next_token
 from specjax.types import Array, PyTree
+
+
+def _layer_matrices(params: PyTree) -> PyTree:
+    """The axes (in, out) of what Muon orthogonalises; None at embeddings, heads and norms."""
+
+    def axes(path: tuple, x: Array) -> MuonDimensionNumbers | None:
+        in_layer = any("layers_" in jax.tree_util.keystr((key,)) for key in path)
+        return MuonDimensionNumbers(1, 0) if in_layer and x.ndim == 2 else None
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def train(c: ConfigDict) -> None:
@@ -84,15 +95,19 @@ def train(c: ConfigDict) -> None:
     else:
         raise ValueError(f"Objective {c.objective!r} is unknown; use next_token or distill.")
 
-    # Optimizer: AdamW with warm-up and a cosine to zero; only matrices decay.
-    schedule = optax.warmup_cosine_decay_schedule(0.0, c.learning_rate, c.warmup_steps, c.num_steps)
+    # Optimizer: Muon for the layers' matrices, Adam for all else; warm-up, then a cosine to zero.
+    def schedule(peak: float) -> optax.Schedule:
+        return optax.warmup_cosine_decay_schedule(0.0, peak, c.warmup_steps, c.num_steps)
+
+    learning_rate = schedule(c.learning_rate)
     optimizer = optax.chain(
         optax.clip_by_global_norm(c.clip_norm),
-        optax.adamw(
-            schedule,
-            b2=0.95,
+        muon(
+            learning_rate,
             weight_decay=c.weight_decay,
-            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+            adam_b2=0.95,
+            adam_learning_rate=schedule(c.adam_learning_rate),
+            muon_weight_dimension_numbers=_layer_matrices,
         ),
     )
 
@@ -184,7 +199,7 @@ def train(c: ConfigDict) -> None:
                 seconds = time.perf_counter() - started
                 rate = (done - since) * c.batch_size * c.sequence_length / seconds
                 started, since = time.perf_counter(), done
-                record |= {"tokens_per_second": rate, "learning_rate": float(schedule(done))}
+                record |= {"tokens_per_second": rate, "learning_rate": float(learning_rate(done))}
                 if not np.isfinite(record["loss"]):
                     raise ValueError(
                         f"Loss is {record['loss']} at step {done}; the last good checkpoint is "

@@ -31,9 +31,10 @@ def get_config() -> ConfigDict:
     c.sequence_length = 256
     c.batch_size = 16
     c.num_steps = 1200
-    c.learning_rate = 4e-3  # peak, then a cosine to zero
-    c.warmup_steps = 100
-    c.weight_decay = 0.1  # of matrices
+    c.learning_rate = 1.5e-2  # of the layers' matrices, by Muon: peak, then a cosine to zero
+    c.adam_learning_rate = 4e-3  # of embeddings and norms, by Adam: the same shape
+    c.warmup_steps = 50
+    c.weight_decay = 0.05  # of the layers' matrices
     c.clip_norm = 1.0
     c.seed = 1
     c.log_every = 10

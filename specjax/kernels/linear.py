@@ -28,7 +28,7 @@ def linear(x: Array, w: Array, dtype: jnp.dtype | None = None) -> Array:
         [..., out].
     """
     rows = x.astype(w.dtype).reshape(-1, x.shape[-1])
-    few = 1 < rows.shape[0] <= FEW_ROWS and w.dtype == jnp.float32
+    few = rows.shape[0] <= FEW_ROWS and w.dtype == jnp.float32
     if few and native.available():
         y = lax.platform_dependent(rows, w, cpu=_few_rows, default=_dot)
     else:
@@ -45,7 +45,7 @@ def _dot(x: Array, w: Array) -> Array:
 @jax.custom_vjp
 def _few_rows(x: Array, w: Array) -> Array:
     result = jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), jnp.float32)
-    return jax.ffi.ffi_call(native.TARGET, result, vmap_method="sequential")(x, w)
+    return jax.ffi.ffi_call(native.LINEAR, result, vmap_method="sequential")(x, w)
 
 
 def _forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:

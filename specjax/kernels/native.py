@@ -2,7 +2,7 @@
 
 The library is cached in the user's cache directory under a name made of source, flags, processor
 and JAX version. Without a compiler, with `SPECJAX_CPU_KERNELS=0`, or after a failed build, XLA's
-own product is used; the missing compiler and the failure are logged in one line.
+own operations are used; the missing compiler and the failure are logged in one line.
 """
 
 import ctypes
@@ -18,9 +18,10 @@ from pathlib import Path
 
 import jax
 
-SOURCE = Path(__file__).parent / "cpu" / "linear.cc"
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
-TARGET = "specjax_linear"
+SOURCES = Path(__file__).parent / "cpu"
+FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-pthread", "-w")
+LINEAR, ATTENTION, GUMBEL = "specjax_linear", "specjax_attention", "specjax_gumbel"
+_SYMBOLS = {LINEAR: "SpecjaxLinear", ATTENTION: "SpecjaxAttention", GUMBEL: "SpecjaxGumbel"}
 
 _log = logging.getLogger(__name__)
 
@@ -32,14 +33,15 @@ def available() -> bool:
         return False
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
-        _log.warning("No C++ compiler found; CPU decoding uses XLA's slower products.")
+        _log.warning("No C++ compiler found; CPU decoding uses XLA's slower operations.")
         return False
     try:
         library = ctypes.CDLL(str(_build(compiler)))
-        capsule = jax.ffi.pycapsule(library.SpecjaxLinear)
-        jax.ffi.register_ffi_target(TARGET, capsule, platform="cpu")
+        for target, symbol in _SYMBOLS.items():
+            capsule = jax.ffi.pycapsule(getattr(library, symbol))
+            jax.ffi.register_ffi_target(target, capsule, platform="cpu")
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        _log.warning("CPU kernels unavailable (%s); using XLA's slower products.", error)
+        _log.warning("CPU kernels unavailable (%s); using XLA's slower operations.", error)
         return False
     return True
 
@@ -47,7 +49,9 @@ def available() -> bool:
 def _build(compiler: str) -> Path:
     """The path of the compiled library, built if it is not there yet."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specjax"
-    key = hashlib.sha256(SOURCE.read_bytes())
+    key = hashlib.sha256()
+    for source in sorted(SOURCES.iterdir()):
+        key.update(source.read_bytes())
     for part in (compiler, *FLAGS, jax.__version__, platform.machine(), _processor()):
         key.update(part.encode() + b"\0")
     library = cache / f"kernels-{key.hexdigest()[:16]}.so"
@@ -56,7 +60,7 @@ def _build(compiler: str) -> Path:
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             built = Path(scratch) / library.name
             command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}"]
-            command += [str(SOURCE), "-o", str(built)]
+            command += [*map(str, sorted(SOURCES.glob("*.cc"))), "-o", str(built)]
             subprocess.run(command, check=True, capture_output=True, timeout=300)
             os.replace(built, library)  # atomic: nobody ever loads half a library
     return library

@@ -13,6 +13,10 @@ from specjax.kernels.linear import linear
 from specjax.types import Array
 
 
+# XLA on CPU weighs a gather by its whole table and wakes threads for it; slices it just copies.
+FEW_TOKENS = 16
+
+
 class RopeScaling(NamedTuple):
     """Llama 3.1's stretch of slow rotations to longer contexts (`rope_type` "llama3")."""
 
@@ -43,11 +47,12 @@ def rotation(positions: Array, frequencies: np.ndarray) -> tuple[Array, Array]:
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotary embedding, halves rotated against each other. x: [B, N, heads, H]."""
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    a, b = jnp.split(x.astype(jnp.float32), 2, -1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+def embed(table: Array, tokens: Array) -> Array:
+    """Rows of a table [V, E] for tokens [B, N], [B, N, E]."""
+    if tokens.size > FEW_TOKENS:
+        return table[tokens]
+    rows = [jax.lax.dynamic_index_in_dim(table, token, 0) for token in tokens.reshape(-1)]
+    return jnp.concatenate(rows).reshape(*tokens.shape, table.shape[1])
 
 
 class RMSNorm(nn.Module):
@@ -94,20 +99,8 @@ class Attention(nn.Module):
         def heads(name: str, number: int) -> Array:
             return linear(x, weight(name, number * h, width)).reshape(b, n, number, h)
 
-        queries = rotate(heads("q_proj", self.num_heads), cos, sin)
-        keys = rotate(heads("k_proj", k), cos, sin).swapaxes(1, 2)
-        values = heads("v_proj", k).swapaxes(1, 2)
-        if block is not None:
-            keys = jnp.concatenate([block[0], keys], 2)
-            values = jnp.concatenate([block[1], values], 2)
-        out = attend(
-            queries.reshape(b, n, k, self.num_heads // k, h),
-            *prefix,
-            keys,
-            values,
-            mask,
-            scale=h**-0.5,
-        )
+        queries, keys, values = heads("q_proj", self.num_heads), heads("k_proj", k), heads("v_proj", k)
+        out, keys, values = attend(queries, keys, values, cos, sin, mask, prefix, block)
         out = out.reshape(b, n, self.num_heads * h)
         out = linear(out, weight("o_proj", width, self.num_heads * h, self.out_std))
         return out, keys, values

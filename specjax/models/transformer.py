@@ -84,7 +84,7 @@ class Transformer(nn.Module):
         cos, sin = layers.rotation(
             positions, layers.rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         )
-        x = embedding[tokens]
+        x = layers.embed(embedding, tokens)
         keys, values, residuals = [], [], []
         for i in range(c.num_layers):
             residuals.append(x)
@@ -160,7 +160,7 @@ def transformer(
         return outputs
 
     def embed(params: PyTree, tokens: Array) -> Array:
-        return params["embed_tokens"][tokens]
+        return layers.embed(params["embed_tokens"], tokens)
 
     def unembed(params: PyTree, hidden: Array) -> Array:
         head = params["embed_tokens" if c.tie_embeddings else "lm_head"]

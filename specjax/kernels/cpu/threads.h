@@ -1,0 +1,107 @@
+// A loop shared by a few threads that stay awake between the products of one pass.
+//
+// The work of one call takes tens of microseconds; waking a sleeping thread takes as long. So a
+// helper looks for new work for a while before it sleeps.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <thread>
+
+namespace specjax {
+
+class Team {
+ public:
+  // Calls work(i) for each i in [0, n). The caller works too, and waits only for what helpers have
+  // begun. A call while another caller has the team runs alone.
+  template <class Work>
+  static void For(int64_t n, const Work& work) {
+    static Team* team = new Team(std::min(16u, std::thread::hardware_concurrency()));
+    if (n < 2 || team->helpers_ == 0 || team->busy_.test_and_set(std::memory_order_acquire)) {
+      for (int64_t i = 0; i < n; ++i) work(i);
+      return;
+    }
+    team->Share(n, &work, [](const void* f, int64_t i) { (*static_cast<const Work*>(f))(i); });
+    team->busy_.clear(std::memory_order_release);
+  }
+
+ private:
+  using Call = void (*)(const void*, int64_t);
+  static constexpr int kLeftBits = 32;
+  static constexpr std::chrono::microseconds kAwake{200};
+
+  explicit Team(unsigned threads) : helpers_(threads > 1 ? threads - 1 : 0) {
+    for (unsigned i = 0; i < helpers_; ++i) std::thread([this] { Help(); }).detach();
+  }
+
+  void Share(int64_t n, const void* work, Call call) {
+    work_.store(work, std::memory_order_relaxed);
+    call_.store(call, std::memory_order_relaxed);
+    finished_.store(0, std::memory_order_relaxed);
+    const uint64_t loop = (left_.load(std::memory_order_relaxed) >> kLeftBits) + 1;
+    left_.store(loop << kLeftBits | static_cast<uint64_t>(n));
+    if (asleep_.load() > 0) left_.notify_all();
+    while (Claim()) {
+    }
+    while (finished_.load(std::memory_order_acquire) < n) Relax();
+  }
+
+  // Runs one index, if one is left. The exchange succeeds only while that index is unclaimed, hence
+  // its loop unfinished, hence `work` and `call` still its own.
+  bool Claim() {
+    uint64_t left = left_.load(std::memory_order_acquire);
+    while (Left(left) > 0) {
+      const void* work = work_.load(std::memory_order_relaxed);
+      const Call call = call_.load(std::memory_order_relaxed);
+      if (left_.compare_exchange_weak(left, left - 1, std::memory_order_acq_rel,
+                                      std::memory_order_acquire)) {
+        call(work, Left(left) - 1);
+        finished_.fetch_add(1, std::memory_order_release);
+        return true;
+      }
+    }
+    return false;
+  }
+
+  void Help() {
+    auto last = std::chrono::steady_clock::now();
+    for (;;) {
+      if (Claim()) {
+        while (Claim()) {
+        }
+        last = std::chrono::steady_clock::now();
+      } else if (std::chrono::steady_clock::now() - last < kAwake) {
+        std::this_thread::yield();  // to XLA's own threads
+      } else {
+        asleep_.fetch_add(1);  // whoever publishes work from here on notifies
+        const uint64_t left = left_.load();
+        if (Left(left) == 0) left_.wait(left);
+        asleep_.fetch_sub(1);
+        last = std::chrono::steady_clock::now();
+      }
+    }
+  }
+
+  static int64_t Left(uint64_t left) { return left & ((uint64_t{1} << kLeftBits) - 1); }
+
+  static void Relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#else
+    std::this_thread::yield();
+#endif
+  }
+
+  const unsigned helpers_;
+  std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
+  std::atomic<const void*> work_{nullptr};
+  std::atomic<Call> call_{nullptr};
+  std::atomic<int> asleep_{0};
+  alignas(64) std::atomic<uint64_t> left_{0};  // (number of the loop, indices left)
+  alignas(64) std::atomic<int64_t> finished_{0};
+};
+
+}  // namespace specjax

@@ -1,0 +1,172 @@
+// Sixteen floats at a time, and small products of rows with rows.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+namespace specjax {
+
+constexpr int kLanes = 16;
+typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t Index __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+inline Vector Load(const float* p) {
+  Vector v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+inline Vector LoadPart(const float* p, int64_t count) {
+  Vector v = {};
+  std::memcpy(&v, p, count * sizeof(float));
+  return v;
+}
+
+// Keeps a value in its register: GCC would rather load it again at each of its uses.
+inline Vector Held(Vector v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
+inline void Store(float* p, Vector v) { std::memcpy(p, &v, sizeof(v)); }
+
+// Sums neighbouring lanes: those of a into the lower half, those of b into the upper half.
+inline Vector AddPairs(Vector a, Vector b) {
+  const Index even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+  const Index odd = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+  return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+}
+
+// Up to sixteen vectors to the vector of their sums. A sum's order does not depend on `Count`.
+template <int Count>
+inline Vector AddAcross(Vector* v) {
+#pragma GCC unroll 4
+  for (int left = Count, round = 0; round < 4; ++round, left = (left + 1) / 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < left; i += 2) v[i / 2] = AddPairs(v[i], v[i + 1 < left ? i + 1 : i]);
+  }
+  return v[0];
+}
+
+// exp(x) for x <= 0 to about one unit in the last place; 0 where a float would be subnormal.
+inline Vector Exp(Vector x) {
+  constexpr float kLowest = -87.3f, kLog2E = 1.44269504f;
+  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Index vanishes = x < kLowest;
+  const Vector shifted = x * kLog2E + kRound;
+  const Vector n = shifted - kRound;
+  const Vector r = (x - n * kLn2High) - n * kLn2Low;  // |r| <= ln 2 / 2
+  Vector y = r * (1.0f / 5040) + (1.0f / 720);        // the Taylor series suffices there
+  y = y * r + (1.0f / 120);
+  y = y * r + (1.0f / 24);
+  y = y * r + (1.0f / 6);
+  y = y * r + 0.5f;
+  y = y * r + 1.0f;
+  y = y * r + 1.0f;
+  Index bits, power;
+  std::memcpy(&bits, &y, sizeof(y));
+  std::memcpy(&power, &shifted, sizeof(shifted));
+  bits = (bits + (power << 23)) & ~vanishes;  // times 2^n: kRound's own low bits are zero
+  std::memcpy(&y, &bits, sizeof(y));
+  return y;
+}
+
+// log(x) of a normal positive float to about one unit in the last place.
+inline Vector Log(Vector x) {
+  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  constexpr int32_t kSqrtHalf = 0x3f3504f3;
+  Index bits;
+  std::memcpy(&bits, &x, sizeof(x));
+  const Index exponent = (bits - kSqrtHalf) >> 23;  // so that sqrt(1/2) <= m < sqrt(2)
+  bits -= exponent << 23;
+  Vector m;
+  std::memcpy(&m, &bits, sizeof(m));
+  const Vector n = __builtin_convertvector(exponent, Vector);
+  // log(m) = 2 atanh(s) with s = (m - 1) / (m + 1), |s| < 0.172, by its series.
+  const Vector f = m - 1.0f, s = f / (m + 1.0f), z = s * s;
+  Vector tail = z * (2.0f / 11) + (2.0f / 9);
+  tail = tail * z + (2.0f / 7);
+  tail = tail * z + (2.0f / 5);
+  tail = tail * z + (2.0f / 3);
+  const Vector half = 0.5f * f * f;  // 2 s = f - s f = f - f f / 2 + s f f / 2: no digit is lost
+  return n * kLn2High + (f - (half - (s * (half + tail * z) + n * kLn2Low)));
+}
+
+// y[r, c] = sum_i x[r, i] w[c, i] for `Rows` rows of x and `Columns` of w; y has n columns.
+//
+// Each output is summed over i in sixteen lanes and then across them, in an order that depends on
+// k alone. So a row's result does not depend on how many rows are computed with it.
+template <int Rows, int Columns>
+inline void Tile(const float* x, const float* w, float* y, int64_t k, int64_t n) {
+  constexpr int kSums = Rows * Columns;
+  Vector sums[kSums] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= k; i += kLanes) {
+    Vector weights[Columns];
+#pragma GCC unroll 8
+    for (int c = 0; c < Columns; ++c) weights[c] = Held(Load(w + c * k + i));
+#pragma GCC unroll 8
+    for (int c = 0; c < Columns; ++c) __builtin_prefetch(w + (2 * Columns + c) * k + i);
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      const Vector inputs = Held(Load(x + r * k + i));
+#pragma GCC unroll 8
+      for (int c = 0; c < Columns; ++c) sums[r * Columns + c] += inputs * weights[c];
+    }
+  }
+  if (i < k) {
+    for (int r = 0; r < Rows; ++r) {
+      const Vector inputs = LoadPart(x + r * k + i, k - i);
+      for (int c = 0; c < Columns; ++c) {
+        sums[r * Columns + c] += inputs * LoadPart(w + c * k + i, k - i);
+      }
+    }
+  }
+  float totals[kSums + kLanes];
+  if constexpr (kSums >= kLanes) Store(totals, AddAcross<kLanes>(sums));
+  if constexpr (kSums % kLanes > 0) {
+    constexpr int kDone = kSums / kLanes * kLanes;
+    Store(totals + kDone, AddAcross<kSums % kLanes>(sums + kDone));
+  }
+  for (int r = 0; r < Rows; ++r) {
+    for (int c = 0; c < Columns; ++c) y[r * n + c] = totals[r * Columns + c];
+  }
+}
+
+// The same for any number m of rows.
+template <int Columns>
+inline void Tiles(int64_t m, const float* x, const float* w, float* y, int64_t k, int64_t n) {
+  while (m > 0) {
+    const int64_t groups = (m + 5) / 6;
+    const int64_t rows = (m + groups - 1) / groups;
+    switch (rows) {
+      case 1: Tile<1, Columns>(x, w, y, k, n); break;
+      case 2: Tile<2, Columns>(x, w, y, k, n); break;
+      case 3: Tile<3, Columns>(x, w, y, k, n); break;
+      case 4: Tile<4, Columns>(x, w, y, k, n); break;
+      case 5: Tile<5, Columns>(x, w, y, k, n); break;
+      default: Tile<6, Columns>(x, w, y, k, n); break;
+    }
+    m -= rows;
+    x += rows * k;
+    y += rows * n;
+  }
+}
+
+// y[0:m, 0:columns] = x[0:m] w[0:columns]^T; y has n columns.
+inline void Product(int64_t m, int64_t columns, const float* x, const float* w, float* y,
+                    int64_t k, int64_t n) {
+  int64_t c = 0;
+  if (m == 1) {
+    for (; c + 8 <= columns; c += 8) Tile<1, 8>(x, w + c * k, y + c, k, n);
+  }
+  for (; c + 4 <= columns; c += 4) Tiles<4>(m, x, w + c * k, y + c, k, n);
+  for (; c < columns; ++c) Tiles<1>(m, x, w + c * k, y + c, k, n);
+}
+
+}  // namespace specjax
