@@ -74,17 +74,26 @@ def warp(logits: Array, sampling: Sampling) -> Array:
     Temperature, then top-k, top-p and min-p; what is cut is -inf. At temperature 0 the likeliest
     token has all the weight, ties going to the lowest id.
     """
-
-    def per_row(x: Array) -> Array:
-        return x[:, None, None]
-
     greedy = sampling.temperature == 0
-    ids = lax.broadcasted_iota(jnp.int32, logits.shape, 2)
-    one_hot = jnp.where(ids == argmax(logits)[..., None], 0.0, -jnp.inf)
-    scaled = logits / per_row(jnp.where(greedy, 1.0, sampling.temperature))
+
+    def both(x: Array) -> Array:
+        return jnp.where(greedy[:, None, None], _one_hot(x), _sampled(x, sampling))
+
+    # Each sweep over a vocabulary costs: a batch of one kind takes only its own.
+    kind = jnp.where(greedy.all(), 0, jnp.where(greedy.any(), 2, 1))
+    return lax.switch(kind, (_one_hot, lambda x: _sampled(x, sampling), both), logits)
+
+
+def _one_hot(logits: Array) -> Array:
+    ids = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return jnp.where(ids == argmax(logits)[..., None], 0.0, -jnp.inf)
+
+
+def _sampled(logits: Array, sampling: Sampling) -> Array:
+    greedy = sampling.temperature == 0
+    scaled = logits / jnp.where(greedy, 1.0, sampling.temperature)[:, None, None]
     cuts = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
-    kept = lax.cond((cuts & ~greedy).any(), _truncate, lambda x, _: x, scaled, sampling)
-    return jnp.where(per_row(greedy), one_hot, kept)
+    return lax.cond((cuts & ~greedy).any(), _truncate, lambda x, _: x, scaled, sampling)
 
 
 def _truncate(x: Array, sampling: Sampling) -> Array:

@@ -19,18 +19,18 @@ def get_config() -> ConfigDict:
     c.vocab_size = 0  # the target's
     c.model = ConfigDict(
         {
-            "hidden_size": 128,
-            "intermediate_size": 256,
+            "hidden_size": 160,
+            "intermediate_size": 448,
             "num_layers": 1,
-            "num_heads": 2,
-            "num_kv_heads": 2,
-            "head_dim": 64,
+            "num_heads": 4,
+            "num_kv_heads": 4,
+            "head_dim": 32,
             "max_position_embeddings": 2048,
         }
     )
     c.sequence_length = 256
     c.batch_size = 16
-    c.num_steps = 1200
+    c.num_steps = 1800
     c.learning_rate = 1.5e-2  # of the layers' matrices, by Muon: peak, then a cosine to zero
     c.adam_learning_rate = 4e-3  # of embeddings and norms, by Adam: the same shape
     c.warmup_steps = 50
@@ -38,8 +38,8 @@ def get_config() -> ConfigDict:
     c.clip_norm = 1.0
     c.seed = 1
     c.log_every = 10
-    c.eval_every = 60  # a twentieth of the steps
+    c.eval_every = 90  # a twentieth of the steps
     c.eval_sequences = 192
-    c.checkpoint_every = 60
+    c.checkpoint_every = 90
     c.keep_checkpoints = 2
     return c

@@ -7,9 +7,8 @@ from jax import lax
 from specjax.kernels import native
 from specjax.types import Array
 
-# XLA on CPU multiplies one row as fast as memory allows, but two rows take it two to four times as
-# long. The kernel is faster from two rows on, and no longer beyond these many; at one it is slower,
-# and would slow plain decoding, by which every speed-up is measured.
+# XLA on CPU multiplies two rows in two to four times the time of one; beyond these many it is no
+# slower than the kernel.
 FEW_ROWS = 32
 
 

@@ -13,10 +13,6 @@ from specjax.kernels.linear import linear
 from specjax.types import Array
 
 
-# XLA on CPU weighs a gather by its whole table and wakes threads for it; slices it just copies.
-FEW_TOKENS = 16
-
-
 class RopeScaling(NamedTuple):
     """Llama 3.1's stretch of slow rotations to longer contexts (`rope_type` "llama3")."""
 
@@ -47,10 +43,14 @@ def rotation(positions: Array, frequencies: np.ndarray) -> tuple[Array, Array]:
     return jnp.cos(angle), jnp.sin(angle)
 
 
+FEW_TOKENS = 16
+
+
 def embed(table: Array, tokens: Array) -> Array:
     """Rows of a table [V, E] for tokens [B, N], [B, N, E]."""
     if tokens.size > FEW_TOKENS:
         return table[tokens]
+    # XLA on CPU weighs a gather by its whole table and wakes threads for it; slices it just copies.
     rows = [jax.lax.dynamic_index_in_dim(table, token, 0) for token in tokens.reshape(-1)]
     return jnp.concatenate(rows).reshape(*tokens.shape, table.shape[1])
 
@@ -99,7 +99,11 @@ class Attention(nn.Module):
         def heads(name: str, number: int) -> Array:
             return linear(x, weight(name, number * h, width)).reshape(b, n, number, h)
 
-        queries, keys, values = heads("q_proj", self.num_heads), heads("k_proj", k), heads("v_proj", k)
+        queries, keys, values = (
+            heads("q_proj", self.num_heads),
+            heads("k_proj", k),
+            heads("v_proj", k),
+        )
         out, keys, values = attend(queries, keys, values, cos, sin, mask, prefix, block)
         out = out.reshape(b, n, self.num_heads * h)
         out = linear(out, weight("o_proj", width, self.num_heads * h, self.out_std))

@@ -109,7 +109,7 @@ inline void Rotate(const float* x, const float* cos, const float* sin, int64_t h
 
 using F32 = ffi::Buffer<ffi::F32>;
 
-ffi::Error Attention(F32 queries, F32 keys, F32 values, F32 cos, F32 sin,
+ffi::Error Attention(ffi::ThreadPool pool, F32 queries, F32 keys, F32 values, F32 cos, F32 sin,
                      ffi::Buffer<ffi::PRED> mask, F32 prefix_keys, F32 prefix_values,
                      ffi::Buffer<ffi::S32> prefix_length, F32 block_keys, F32 block_values,
                      ffi::ResultBuffer<ffi::F32> mixed, ffi::ResultBuffer<ffi::F32> all_keys,
@@ -121,7 +121,7 @@ ffi::Error Attention(F32 queries, F32 keys, F32 values, F32 cos, F32 sin,
   const float scale = 1 / std::sqrt(static_cast<float>(h));
   constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
-  Team::For(shape[0] * kv, [&](int64_t item) {
+  Team::For(pool, shape[0] * kv, [&](int64_t item) {
     const int64_t b = item / kv, head = item % kv;
 
     // The block: earlier nodes, then the new ones.
@@ -180,6 +180,7 @@ ffi::Error Attention(F32 queries, F32 keys, F32 values, F32 cos, F32 sin,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(SpecjaxAttention, specjax::Attention,
                               ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
                                   .Arg<specjax::F32>()
                                   .Arg<specjax::F32>()
                                   .Arg<specjax::F32>()

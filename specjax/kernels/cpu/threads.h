@@ -11,15 +11,19 @@
 #include <cstdint>
 #include <thread>
 
+#include "xla/ffi/api/ffi.h"
+
 namespace specjax {
 
 class Team {
  public:
-  // Calls work(i) for each i in [0, n). The caller works too, and waits only for what helpers have
-  // begun. A call while another caller has the team runs alone.
+  // Calls work(i) for each i in [0, n), on at most as many threads as XLA's pool has or there are
+  // processors. The caller works too, and waits only for what helpers have begun. A call while
+  // another caller has the team runs alone.
   template <class Work>
-  static void For(int64_t n, const Work& work) {
-    static Team* team = new Team(std::min(16u, std::thread::hardware_concurrency()));
+  static void For(const xla::ffi::ThreadPool& pool, int64_t n, const Work& work) {
+    static Team* team = new Team(std::min<int64_t>(
+        {pool.num_threads(), std::thread::hardware_concurrency(), kMostThreads}));
     if (n < 2 || team->helpers_ == 0 || team->busy_.test_and_set(std::memory_order_acquire)) {
       for (int64_t i = 0; i < n; ++i) work(i);
       return;
@@ -30,11 +34,12 @@ class Team {
 
  private:
   using Call = void (*)(const void*, int64_t);
+  static constexpr int64_t kMostThreads = 16;
   static constexpr int kLeftBits = 32;
   static constexpr std::chrono::microseconds kAwake{200};
 
-  explicit Team(unsigned threads) : helpers_(threads > 1 ? threads - 1 : 0) {
-    for (unsigned i = 0; i < helpers_; ++i) std::thread([this] { Help(); }).detach();
+  explicit Team(int64_t threads) : helpers_(std::max<int64_t>(0, threads - 1)) {
+    for (int64_t i = 0; i < helpers_; ++i) std::thread([this] { Help(); }).detach();
   }
 
   void Share(int64_t n, const void* work, Call call) {
@@ -95,7 +100,7 @@ class Team {
 #endif
   }
 
-  const unsigned helpers_;
+  const int64_t helpers_;
   std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
   std::atomic<const void*> work_{nullptr};
   std::atomic<Call> call_{nullptr};
