@@ -36,6 +36,7 @@ class Team {
   using Call = void (*)(const void*, int64_t);
   static constexpr int64_t kMostThreads = 16;
   static constexpr int kLeftBits = 32;
+  static constexpr int kPauses = 256;
   static constexpr std::chrono::microseconds kAwake{200};
 
   explicit Team(int64_t threads) : helpers_(std::max<int64_t>(0, threads - 1)) {
@@ -51,7 +52,13 @@ class Team {
     if (asleep_.load() > 0) left_.notify_all();
     while (Claim()) {
     }
-    while (finished_.load(std::memory_order_acquire) < n) Relax();
+    for (int i = 0; finished_.load(std::memory_order_acquire) < n; ++i) {
+      if (i < kPauses) {
+        Pause();
+      } else {
+        std::this_thread::yield();  // the helper may need this very processor
+      }
+    }
   }
 
   // Runs one index, if one is left. The exchange succeeds only while that index is unclaimed, hence
@@ -92,7 +99,7 @@ class Team {
 
   static int64_t Left(uint64_t left) { return left & ((uint64_t{1} << kLeftBits) - 1); }
 
-  static void Relax() {
+  static void Pause() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #else
