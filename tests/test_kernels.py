@@ -1,4 +1,4 @@
-"""The CPU kernels: right, the same for a row whatever its company, harmless where they are absent."""
+"""The CPU kernels: right, the same for a row whatever its company, harmless where absent."""
 
 import logging
 import os

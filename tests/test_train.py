@@ -51,6 +51,7 @@ def _config(directory: Path, name: str, **changes: object) -> ConfigDict:
             "sequence_length": 16,
             "batch_size": 4,
             "num_steps": 20,
+            "optimizer": "muon",
             "learning_rate": 1e-2,
             "adam_learning_rate": 1e-2,
             "warmup_steps": 2,
@@ -115,7 +116,8 @@ def test_interrupted_run_resumes_to_the_same_curve(
     assert tokenizers.load(whole.export).get_vocab_size() == 280
     assert recipe["last"]["validation_loss"] < recipe["curve"][0]["validation_loss"]
 
-    draft = _config(tmp_path, "draft", objective="distill", target=whole.export, num_steps=10)
+    changes = {"objective": "distill", "target": whole.export, "optimizer": "adamw"}
+    draft = _config(tmp_path, "draft", num_steps=10, **changes)
     trainer.train(draft)
     first, last = _curve(draft)[0], _curve(draft)[-1]
     assert last["kl"] < first["kl"]
@@ -128,6 +130,7 @@ def test_interrupted_run_resumes_to_the_same_curve(
     [
         ({"objective": "guess"}, "Objective 'guess' is unknown; use next_token or distill"),
         ({"objective": "distill"}, "Objective distill has no target; set config.target"),
+        ({"optimizer": "sgd"}, "Optimizer 'sgd' is unknown; use adamw or muon"),
         ({"target": "/nowhere"}, "/nowhere is not a directory"),
         ({"batch_size": 10_000}, "batch_size is 10000; need 1 to"),
     ],

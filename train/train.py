@@ -95,21 +95,29 @@ def train(c: ConfigDict) -> None:
     else:
         raise ValueError(f"Objective {c.objective!r} is unknown; use next_token or distill.")
 
-    # Optimizer: Muon for the layers' matrices, Adam for all else; warm-up, then a cosine to zero.
+    # Optimizer: warm-up, then a cosine to zero; only matrices decay.
     def schedule(peak: float) -> optax.Schedule:
         return optax.warmup_cosine_decay_schedule(0.0, peak, c.warmup_steps, c.num_steps)
 
     learning_rate = schedule(c.learning_rate)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(c.clip_norm),
-        muon(
+    if c.optimizer == "adamw":
+        optimizer = optax.adamw(
+            learning_rate,
+            b2=0.95,
+            weight_decay=c.weight_decay,
+            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+        )
+    elif c.optimizer == "muon":  # for the layers' matrices; Adam for all else
+        optimizer = muon(
             learning_rate,
             weight_decay=c.weight_decay,
             adam_b2=0.95,
             adam_learning_rate=schedule(c.adam_learning_rate),
             muon_weight_dimension_numbers=_layer_matrices,
-        ),
-    )
+        )
+    else:
+        raise ValueError(f"Optimizer {c.optimizer!r} is unknown; use adamw or muon.")
+    optimizer = optax.chain(optax.clip_by_global_norm(c.clip_norm), optimizer)
 
     # Data parallel over every device: parameters replicated, batches split by rows.
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
@@ -194,7 +202,8 @@ def train(c: ConfigDict) -> None:
         while done < c.num_steps:
             state, metrics = train_step(state, target_params, next(data))
             done += 1
-            if done % c.log_every == 0 or done == c.num_steps:
+            evaluated = done % c.eval_every == 0 or done == c.num_steps
+            if done % c.log_every == 0 or evaluated:
                 record = {"step": done, **{k: float(v) for k, v in metrics.items()}}
                 seconds = time.perf_counter() - started
                 rate = (done - since) * c.batch_size * c.sequence_length / seconds
@@ -205,7 +214,7 @@ def train(c: ConfigDict) -> None:
                         f"Loss is {record['loss']} at step {done}; the last good checkpoint is "
                         f"step {manager.latest_step()} in {workdir}."
                     )
-                if done % c.eval_every == 0 or done == c.num_steps:
+                if evaluated:
                     record |= evaluate(state["params"])
                     started = time.perf_counter()
                 history.append(record)

@@ -29,17 +29,17 @@ def get_config() -> ConfigDict:
         }
     )
     c.sequence_length = 256
-    c.batch_size = 32
-    c.num_steps = 1500
-    c.learning_rate = 1.5e-2  # of the layers' matrices, by Muon: peak, then a cosine to zero
-    c.adam_learning_rate = 3e-3  # of embeddings and norms, by Adam: the same shape
-    c.warmup_steps = 50
-    c.weight_decay = 0.05  # of the layers' matrices
+    c.batch_size = 16
+    c.num_steps = 1800
+    c.optimizer = "adamw"
+    c.learning_rate = 2.5e-3  # peak, then a cosine to zero
+    c.warmup_steps = 100
+    c.weight_decay = 0.1  # of matrices
     c.clip_norm = 1.0
     c.seed = 0
     c.log_every = 10
-    c.eval_every = 75  # a twentieth of the steps
+    c.eval_every = 90  # a twentieth of the steps
     c.eval_sequences = 192
-    c.checkpoint_every = 75
+    c.checkpoint_every = 90
     c.keep_checkpoints = 2
     return c

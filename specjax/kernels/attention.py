@@ -63,7 +63,9 @@ def _few_rows(*arrays: Array) -> tuple[Array, Array, Array]:
     b, _, k, h = keys.shape
     block = jax.ShapeDtypeStruct((b, k, mask.shape[2], h), jnp.float32)
     results = (jax.ShapeDtypeStruct(queries.shape, jnp.float32), block, block)
-    return jax.ffi.ffi_call(native.ATTENTION, results, vmap_method="sequential")(*arrays)
+    call = jax.ffi.ffi_call(native.ATTENTION, results, vmap_method="sequential")
+    mixed, block_keys, block_values = call(*arrays)
+    return mixed, block_keys, block_values
 
 
 def _forward(*arrays: Array) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:

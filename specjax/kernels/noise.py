@@ -53,7 +53,7 @@ def _bits(key: Array, bit_width: int, shape: tuple[int, ...]) -> Array:
     return high ^ low
 
 
-def _fold_in(key: Array, data: Array) -> Array:
+def _fold_in(key: Array, data: Array | int) -> Array:
     word = jnp.asarray(data).astype(jnp.uint32)
     return jnp.stack(threefry_2x32(key, jnp.zeros_like(word), word))
 
