@@ -34,7 +34,8 @@ class Choose(NamedTuple):
     """Picks children.
 
     draw: (rng_keys, context, depth, logits [B, W, V], k) -> (tokens [B, W, k],
-        probs [B, W, k, V] or None), for the k children at `depth` of each of W nodes.
+        log-weights [B, W, k, V] of the laws they were drawn from, or None), for the k children at
+        `depth` of each of W nodes.
     law: of a tree grown so; on a single path, "chain" unless it is point or coupled.
     """
 
@@ -62,15 +63,15 @@ def static(parents: Sequence[int], choose: Choose) -> Builder:
     ) -> Draft:
         b, vocab_size = logits.shape
         logits = logits[:, None]
-        tokens, probs = [trees.root(context)], [jnp.zeros((b, 1, vocab_size))]
+        tokens, laws = [trees.root(context)], [jnp.zeros((b, 1, vocab_size))]
         for depth in range(1, t.depth + 1):
             level, above = t.levels[depth], t.levels[depth - 1]
             most = max(int((t.parents == node).sum()) for node in above)
-            drawn, q = choose.draw(rng_keys, context, depth, logits, most)
+            drawn, law = choose.draw(rng_keys, context, depth, logits, most)
             parent = np.searchsorted(above, t.parents[level])
             tokens.append(drawn[:, parent, t.rank[level]])
-            if q is not None:
-                probs.append(q[:, parent, t.rank[level]])
+            if law is not None:
+                laws.append(law[:, parent, t.rank[level]])
             if depth < t.depth:
                 seen = t.mask[np.ix_(level, np.arange(1, level[-1] + 1))]
                 logits, carry = expand(
@@ -83,7 +84,8 @@ def static(parents: Sequence[int], choose: Choose) -> Builder:
         return Draft(
             tokens=jnp.concatenate(tokens, 1),
             parents=jnp.broadcast_to(jnp.asarray(t.parents, jnp.int32), (b, len(t.parents))),
-            probs=jnp.concatenate(probs, 1) if len(probs) > 1 else None,
+            # One softmax for all levels: small operations cost by their number.
+            probs=jax.nn.softmax(jnp.concatenate(laws, 1)) if len(laws) > 1 else None,
             num_drafted=jnp.full([b], len(t.parents) - 1, jnp.int32),
             depth=t.depth,
         )
@@ -159,18 +161,19 @@ def _gumbel_top_k(noise: Callable) -> Callable:
             lambda x: x,
             weights,
         )
-        tried, tokens, probs = jnp.zeros(logits.shape, bool), [], []
+        tried, tokens, laws = jnp.zeros(logits.shape, bool), [], []
         for child in range(k):
-            left, score = _untried(weights, tried), _untried(perturbed, tried)
-            law = jax.nn.softmax(left)
+            law, score = _untried(weights, tried), _untried(perturbed, tried)
             if child > 0:
-                exhausted = left.max(-1, keepdims=True) == -jnp.inf
+                exhausted = law.max(-1, keepdims=True) == -jnp.inf
                 score = jnp.where(exhausted, _untried(logits, tried), score)
             tokens.append(argmax(score))
             hot = jax.nn.one_hot(tokens[-1], logits.shape[-1], dtype=bool)
-            probs.append(law if child == 0 else jnp.where(exhausted, hot, law))
+            if child > 0:
+                law = jnp.where(exhausted, jnp.where(hot, 0.0, -jnp.inf), law)
+            laws.append(law)
             tried |= hot
-        return jnp.stack(tokens, -1), jnp.stack(probs, 2)
+        return jnp.stack(tokens, -1), jnp.stack(laws, 2)
 
     return draw
 
@@ -182,9 +185,8 @@ def independent() -> Choose:
         rng_keys: Keys, context: Context, depth: int, logits: Array, k: int
     ) -> tuple[Array, Array]:
         b, w, vocab_size = logits.shape
-        weights = warp(logits, context.sampling)[:, :, None]
+        law = warp(logits, context.sampling)[:, :, None]
         noise = private_gumbel(rng_keys, context, "draft", (w, k, vocab_size), depth)
-        law = jnp.broadcast_to(jax.nn.softmax(weights), (b, w, k, vocab_size))
-        return argmax(weights + noise), law
+        return argmax(law + noise), jnp.broadcast_to(law, (b, w, k, vocab_size))
 
     return Choose(draw, "siblings")
