@@ -3,7 +3,7 @@
     python train/train.py --config=configs/train/draft.py
 
 About 16 minutes on two CPU cores; at temperature 1 a drafted token is accepted with probability
-0.55 (teacher-forced, on held-out text).
+0.63 (teacher-forced, on held-out text).
 """
 
 from ml_collections import ConfigDict
