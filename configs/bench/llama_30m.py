@@ -3,7 +3,8 @@
     python decode/profile.py --config=configs/bench/llama_30m.py
 
 About 3 minutes on two CPU cores. A step should cost at most 1.10 times its target and drafter
-passes at temperature 0 and 1.15 times at temperature 1.
+passes at temperature 0 and 1.15 times at temperature 1, the two in one loop or the drafter cold:
+alone it finds its weights in the processor's cache, where a step never leaves them.
 """
 
 from ml_collections import ConfigDict
