@@ -3,8 +3,8 @@
     python decode/profile.py --config=configs/bench/llama_30m.py
 
 About 3 minutes on two CPU cores. A step should cost at most 1.10 times its target and drafter
-passes at temperature 0 and 1.15 times at temperature 1, the two in one loop or the drafter cold:
-alone it finds its weights in the processor's cache, where a step never leaves them.
+passes, each timed alone, at temperature 0 and 1.15 times at temperature 1. It does not yet: alone
+the drafter finds its weights in the processor's cache, which in a step the target's displace.
 """
 
 from ml_collections import ConfigDict

@@ -15,7 +15,7 @@ FEW_ROWS = 32
 def linear(x: Array, w: Array, dtype: jnp.dtype | None = None) -> Array:
     """Multiplies rows by a weight matrix stored as [out, in], Hugging Face's own layout.
 
-    The product runs in the weights' precision and accumulates in float32. On CPU, 2 to `FEW_ROWS`
+    The product runs in the weights' precision and accumulates in float32. On CPU, up to `FEW_ROWS`
     float32 rows go through a kernel whose result for a row does not depend on the other rows.
 
     Args:
