@@ -10,6 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from specjax.kernels import commit as kernel
 from specjax.types import Array, Block, Cache
 
 
@@ -36,7 +37,7 @@ def write(buffer: Array, values: Array, start: Array, count: Array) -> Array:
     Returns:
         The buffer, [B, S, ...].
     """
-    slots = _slots(start, count, values.shape[1], buffer.shape[1])
+    slots = kernel.slots(start, count, values.shape[1], buffer.shape[1])
     return jax.vmap(lambda b, i, v: b.at[i].set(v, mode="drop", unique_indices=True))(
         buffer, slots, values.astype(buffer.dtype)
     )
@@ -49,18 +50,13 @@ def commit(cache: Cache, block: Block, path: Array, num_nodes: Array) -> Cache:
         path: [B, P] int32, indices into the block's M tokens.
         num_nodes: [B] int32, at most P; 0 leaves the row as it is.
     """
-    num_slots = cache.keys[0].shape[2]
-    slots = _slots(cache.length, num_nodes, path.shape[1], num_slots)
-
-    def row(buffer: Array, new: Array, nodes: Array, i: Array) -> Array:  # [K,S,H], [K,M,H]
-        new = new.at[:, nodes].get(mode="promise_in_bounds").astype(buffer.dtype)
-        return buffer.at[:, i].set(new, mode="drop", unique_indices=True)
-
-    def put(buffers: tuple[Array, ...], news: tuple[Array, ...]) -> tuple[Array, ...]:
-        return tuple(jax.vmap(row)(b, n, path, slots) for b, n in zip(buffers, news, strict=True))
-
-    length = jnp.minimum(cache.length + num_nodes, num_slots)
-    return Cache(put(cache.keys, block.keys), put(cache.values, block.values), length)
+    news = tuple(
+        new.astype(old.dtype)
+        for old, new in zip(cache.keys + cache.values, block.keys + block.values, strict=True)
+    )
+    written = kernel.commit(cache.keys + cache.values, news, path, cache.length, num_nodes)
+    length = jnp.minimum(cache.length + num_nodes, cache.keys[0].shape[2])
+    return Cache(written[: len(cache.keys)], written[len(cache.keys) :], length)
 
 
 def truncate(cache: Cache, length: Array) -> Cache:
@@ -75,10 +71,3 @@ def tie(count: Array, features: Array) -> Array:
     the cache. (A pass that produced NaN commits nothing.)
     """
     return jnp.where(jnp.isnan(features[:, -1, 0]), 0, count)
-
-
-def _slots(start: Array, count: Array, width: int, num_slots: int) -> Array:
-    """[B, P] target slots; what must not be written gets distinct indices beyond the buffer."""
-    offset = jnp.arange(width, dtype=jnp.int32)
-    slots = jnp.where(offset < count[:, None], start[:, None] + offset, num_slots)
-    return jnp.where(slots < num_slots, slots, num_slots + offset)

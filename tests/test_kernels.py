@@ -16,7 +16,7 @@ import pytest
 from specjax import engine, testing
 from specjax.drafters import grow
 from specjax.drafters.model import model
-from specjax.kernels import attention, native, noise
+from specjax.kernels import attention, commit, native, noise
 from specjax.kernels.linear import FEW_ROWS, _few_rows, linear
 from specjax.sampling import sampling
 from specjax.types import Params
@@ -126,6 +126,23 @@ def test_attention_has_the_plain_gradient() -> None:
     plain = gradient(attention._two_products)
     for a, e in zip(gradient(attention._few_rows), plain, strict=True):
         np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-4)
+
+
+@_NEEDS_COMPILER
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_commit_writes_what_the_scatter_writes(dtype: jnp.dtype) -> None:
+    """Rows that gain nothing, something, more than there is room for; nodes in any order."""
+    rng = np.random.default_rng(0)
+
+    def layers(slots: int) -> tuple[jax.Array, ...]:
+        return tuple(jnp.asarray(rng.normal(size=(4, 2, slots, 3)), dtype) for _ in range(3))
+
+    path = jnp.asarray(rng.integers(0, 6, (4, 5)), jnp.int32)
+    start, count = jnp.array([0, 2, 7, 9], jnp.int32), jnp.array([0, 5, 4, 1], jnp.int32)
+    operands = (layers(9), layers(6), path, start, count)
+    expected = jax.jit(commit._scatter)(*operands)
+    for a, e in zip(jax.jit(commit._kernel)(*operands), expected, strict=True):
+        np.testing.assert_array_equal(a, e)
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (3, 700), (40000,)])

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from specjax import trees
-from specjax.sampling import argmax, private_gumbel, shared_gumbel, warp
+from specjax.sampling import argmax, private_gumbel, shared_gumbel, softmax, warp
 from specjax.types import Array, Context, Draft, Keys, Proposal
 
 
@@ -85,7 +85,7 @@ def static(parents: Sequence[int], choose: Choose) -> Builder:
             tokens=jnp.concatenate(tokens, 1),
             parents=jnp.broadcast_to(jnp.asarray(t.parents, jnp.int32), (b, len(t.parents))),
             # One softmax for all levels: small operations cost by their number.
-            probs=jax.nn.softmax(jnp.concatenate(laws, 1)) if len(laws) > 1 else None,
+            probs=softmax(jnp.concatenate(laws, 1)) if len(laws) > 1 else None,
             num_drafted=jnp.full([b], len(t.parents) - 1, jnp.int32),
             depth=t.depth,
         )

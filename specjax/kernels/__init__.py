@@ -1,1 +1,1 @@
-"""The few operations whose speed decides everything: matrix products and attention."""
+"""The few operations whose speed decides everything: products, attention, cache writes, noise."""

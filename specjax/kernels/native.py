@@ -20,8 +20,14 @@ import jax
 
 SOURCES = Path(__file__).parent / "cpu"
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-pthread", "-w")
-LINEAR, ATTENTION, GUMBEL = "specjax_linear", "specjax_attention", "specjax_gumbel"
-_SYMBOLS = {LINEAR: "SpecjaxLinear", ATTENTION: "SpecjaxAttention", GUMBEL: "SpecjaxGumbel"}
+LINEAR, ATTENTION = "specjax_linear", "specjax_attention"
+COMMIT, GUMBEL = "specjax_commit", "specjax_gumbel"
+_SYMBOLS = {
+    LINEAR: "SpecjaxLinear",
+    ATTENTION: "SpecjaxAttention",
+    COMMIT: "SpecjaxCommit",
+    GUMBEL: "SpecjaxGumbel",
+}
 
 _log = logging.getLogger(__name__)
 

@@ -81,8 +81,11 @@ class Transformer(nn.Module):
     ) -> tuple[ModelOutput, Block]:
         c, normal = self.config, nn.initializers.normal(0.02)
         embedding = self.param("embed_tokens", normal, (c.vocab_size, c.hidden_size), self.dtype)
+        # Tied to the tokens, none of which is negative: if the angles of all passes of a step were
+        # ready at once, XLA on CPU would wake another thread for them and wait for it.
         cos, sin = layers.rotation(
-            positions, layers.rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+            jnp.where(tokens < 0, 0, positions),
+            layers.rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling),
         )
         x = layers.embed(embedding, tokens)
         keys, values, residuals = [], [], []

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from specjax import trees
-from specjax.sampling import bernoulli, categorical
+from specjax.sampling import bernoulli, categorical, softmax
 from specjax.types import LAWS, Array, Context, Draft, Keys, ModelOutput, Params, Verdict, Verifier
 
 _TINY = 1e-37  # a ratio's denominator; smaller floats may be flushed to zero
@@ -30,7 +30,7 @@ def rejection() -> Verifier:
     ) -> Verdict:
         del params, output
         rule = _chain if draft.tokens.shape[1] == draft.depth + 1 else _tree
-        path, num_nodes, residual = rule(rng_keys, context, draft, jax.nn.softmax(warped))
+        path, num_nodes, residual = rule(rng_keys, context, draft, softmax(warped))
         next_token = categorical(rng_keys, context, "rejection.next", jnp.log(residual))
         return Verdict(path, num_nodes, next_token)
 

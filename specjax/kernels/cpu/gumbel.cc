@@ -15,7 +15,7 @@ namespace {
 
 typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 
-constexpr int64_t kSpan = 16384;  // numbers drawn at once by a thread
+constexpr int64_t kSpan = 2048;  // numbers drawn at once by a thread
 
 // Encrypts the counters (0, low) and mixes both words of each result.
 inline Words Bits(uint32_t key0, uint32_t key1, Words low) {
