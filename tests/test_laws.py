@@ -21,6 +21,7 @@ from specjax import engine, testing
 from specjax.drafters import grow
 from specjax.drafters.model import model
 from specjax.drafters.none import none
+from specjax.kernels import native
 from specjax.models.transformer import TransformerConfig, transformer
 from specjax.sampling import categorical, sampling
 from specjax.types import (
@@ -570,8 +571,15 @@ def test_loops_touch_no_realistic_cache(
     assert cache_ops(build, verifier(), engine.decode) == Counter()
 
 
+def test_loops_touch_no_cache_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "available", lambda: False)
+    build = grow.static(TREE, grow.without_replacement())
+    assert cache_ops(build, rejection(), engine.decode) == Counter()
+
+
 def test_an_untied_write_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Why `cache.tie` exists, and proof that the search finds copies."""
+    """Why `cache.tie` exists where no kernel writes, and proof that the search finds copies."""
+    monkeypatch.setattr(native, "available", lambda: False)
     monkeypatch.setattr(caches, "tie", lambda count, features: count)
     assert cache_ops(None, match(), engine.prefill)["copy"] > 0
 
