@@ -31,8 +31,8 @@ ffi::Error Commit(ffi::Buffer<ffi::S32> path, ffi::Buffer<ffi::S32> start,
       const int64_t end = std::min<int64_t>(count.typed_data()[b], slots - first);
       for (int64_t head = b * heads; head < (b + 1) * heads; ++head) {
         for (int64_t i = 0; i < end; ++i) {
-          std::memcpy(to + (head * slots + first + i) * bytes, from + (head * nodes + node[i]) * bytes,
-                      bytes);
+          const int64_t slot = head * slots + first + i;
+          std::memcpy(to + slot * bytes, from + (head * nodes + node[i]) * bytes, bytes);
         }
       }
     }
