@@ -1,9 +1,11 @@
-"""The demo draft: one layer, 0.95M parameters, distilled from the demo target by forward KL.
+"""The demo draft: one layer, 0.69M parameters, distilled from the demo target by forward KL.
 
     python train/train.py --config=configs/train/draft.py
+    python train/train.py --config=configs/train/draft.py --config.num_steps=3910
 
-About 16 minutes on two CPU cores; at temperature 1 a drafted token is accepted with probability
-0.63 (teacher-forced, on held-out text).
+The second command continues what the first has trained, to 16M tokens. About 50 minutes on two CPU
+cores in all; at temperature 1 a drafted token is accepted with probability 0.62 (teacher-forced, on
+held-out text).
 """
 
 from ml_collections import ConfigDict
@@ -19,18 +21,18 @@ def get_config() -> ConfigDict:
     c.vocab_size = 0  # the target's
     c.model = ConfigDict(
         {
-            "hidden_size": 160,
-            "intermediate_size": 448,
+            "hidden_size": 128,
+            "intermediate_size": 256,
             "num_layers": 1,
-            "num_heads": 4,
-            "num_kv_heads": 4,
-            "head_dim": 32,
+            "num_heads": 2,
+            "num_kv_heads": 2,
+            "head_dim": 64,
             "max_position_embeddings": 2048,
         }
     )
     c.sequence_length = 256
     c.batch_size = 16
-    c.num_steps = 1800
+    c.num_steps = 3000
     c.optimizer = "muon"  # for the layers' matrices; Adam for embeddings and norms
     c.learning_rate = 1.5e-2  # peak, then a cosine to zero
     c.adam_learning_rate = 4e-3  # the same for Adam's part
@@ -39,8 +41,8 @@ def get_config() -> ConfigDict:
     c.clip_norm = 1.0
     c.seed = 1
     c.log_every = 10
-    c.eval_every = 90  # a twentieth of the steps
+    c.eval_every = 150  # a twentieth of the steps
     c.eval_sequences = 192
-    c.checkpoint_every = 90
+    c.checkpoint_every = 150
     c.keep_checkpoints = 2
     return c
