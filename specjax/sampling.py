@@ -91,7 +91,7 @@ def argmax(x: Array) -> Array:
 
 
 def softmax(log_weights: Array) -> Array:
-    """The law of log-weights [..., V] that are not all -inf."""
+    """The law of log-weights [..., V] that are not all -inf: `jax.nn.softmax` by way of `peak`."""
     mass = jnp.exp(log_weights - peak(log_weights))
     return mass / mass.sum(-1, keepdims=True)
 
