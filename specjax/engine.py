@@ -51,10 +51,9 @@ def decoder(
     Raises:
         ValueError: the verifier is not lossless for the drafter's law, or vocabularies differ.
     """
-    law = drafter.proposal.law
-    if law not in verifier.laws:
+    if not set(drafter.proposal.laws) & set(verifier.laws):
         raise ValueError(
-            f"The drafter proposes law {law!r} but the verifier is lossless for "
+            f"The drafter proposes law {drafter.proposal.law!r} but the verifier is lossless for "
             f"{', '.join(verifier.laws)} only; choose another verifier."
         )
     if drafter.vocab_size not in (None, target.vocab_size):

@@ -6,6 +6,7 @@ stream is read through the position of the root, which no two steps of a row hav
 """
 
 import zlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from specjax.kernels import noise
-from specjax.types import Array, Context, Keys, Sampling
+from specjax.types import Array, Context, Draws, Keys, Sampling
 
 _SHARED, _PRIVATE = 0, 1
 _HALVINGS = 5
@@ -161,25 +162,105 @@ def _threshold(order: Array, weight: Array, enough: Array) -> Array:
 # -------------------------------------------------------------------------------- randomness
 
 
-def streams(rng_keys: Array) -> Keys:
+def _bernoulli(site: str, keys: Array, probs: Array) -> Array:
+    del site
+    return jax.vmap(jax.random.uniform, (0, None))(keys, probs.shape[1:]) < probs
+
+
+def _noise(site: str, keys: Array, shape: tuple[int, ...]) -> Array:
+    """Gumbel noise: the largest of log-weights plus noise is a draw from them."""
+    del site
+    return noise.gumbel(keys.reshape(-1), shape).reshape(*keys.shape, *shape)
+
+
+def _pick(noise: Array, log_weights: Array, turn: int) -> Array:
+    del turn
+    return argmax(log_weights + noise)
+
+
+RANDOM = Draws(_bernoulli, _noise, _pick)
+
+
+def streams(rng_keys: Array, draws: Draws = RANDOM) -> Keys:
     """The two streams of each row from its key, [B]."""
     keys = noise.straight(rng_keys)
 
     def stream(i: int) -> Array:
         return jax.vmap(lambda key: jax.random.fold_in(key, i))(keys)
 
-    return Keys(shared=stream(_SHARED), private=stream(_PRIVATE))
+    return Keys(stream(_SHARED), stream(_PRIVATE), draws)
+
+
+def bernoulli(
+    rng_keys: Keys, context: Context, site: str, probs: Array, index: int | Array = 0
+) -> Array:
+    """True with probability `probs` [B, ...], independently."""
+    keys = private_keys(rng_keys, context, site, index)
+    return rng_keys.draws.bernoulli(site, keys, probs)
+
+
+def categorical(
+    rng_keys: Keys, context: Context, site: str, log_weights: Array, index: int | Array = 0
+) -> Array:
+    """Tokens [B, ...] from unnormalised log-weights [B, ..., V], independently."""
+    noise = private_noise(rng_keys, context, site, log_weights.shape[1:], index)
+    return pick(rng_keys, noise, log_weights)
+
+
+def private_noise(
+    rng_keys: Keys, context: Context, site: str, shape: tuple[int, ...], index: int | Array = 0
+) -> Array:
+    """Noise for `pick`, independent for each law that `shape` = (..., V) holds: [B, ..., opaque].
+
+    Zeros where every row is greedy, which no pick from a warped law can tell.
+    """
+
+    def draw() -> Array:
+        keys = private_keys(rng_keys, context, site, index)
+        return rng_keys.draws.noise(site, keys, shape)
+
+    return _unless_greedy(context, draw)
+
+
+def shared_noise(rng_keys: Keys, context: Context, positions: Array, vocab_size: int) -> Array:
+    """Noise [B, ..., opaque] for whoever picks the tokens at `positions` [B, ...]; as above."""
+
+    def draw() -> Array:
+        keys = _shared_keys(rng_keys, positions)
+        return rng_keys.draws.noise("shared", keys, (vocab_size,))
+
+    return _unless_greedy(context, draw)
+
+
+def pick(rng_keys: Keys, noise: Array, log_weights: Array, turn: int = 0) -> Array:
+    """Tokens [...] drawn from unnormalised log-weights [..., V] by their noise [..., opaque].
+
+    Several turns with one noise draw without replacement: the law of each turn has to be that of
+    the turn before without the token picked (the top k of log-weights plus Gumbel noise, Kool et
+    al., arXiv 1903.06059). Laws that share noise otherwise are coupled.
+    """
+    return rng_keys.draws.pick(noise, log_weights, turn)
 
 
 def shared_gumbel(rng_keys: Keys, positions: Array, vocab_size: int) -> Array:
-    """The noise [B, ..., V] that decides the tokens at `positions` [B, ...], for whoever draws."""
+    """The Gumbel noise [B, ..., V] behind `shared_noise`."""
+    return _noise("shared", _shared_keys(rng_keys, positions), (vocab_size,))
+
+
+def _unless_greedy(context: Context, draw: Callable[[], Array]) -> Array:
+    shape = jax.eval_shape(draw)
+    sampled = (context.sampling.temperature > 0).any()
+    return lax.cond(sampled, draw, lambda: jnp.zeros(shape.shape, shape.dtype))
+
+
+def _shared_keys(rng_keys: Keys, positions: Array) -> Array:
+    """One key per position [B, ...]."""
 
     def at(key: Array, row: Array) -> Array:
         return jax.vmap(lambda position: jax.random.fold_in(key, position))(row)
 
     flat = positions.reshape(positions.shape[0], -1)
-    keys = jax.vmap(at)(rng_keys.shared, flat).reshape(-1)
-    return noise.gumbel(keys, (vocab_size,)).reshape(*positions.shape, vocab_size)
+    return jax.vmap(at)(rng_keys.shared, flat).reshape(positions.shape)
 
 
 def private_keys(rng_keys: Keys, context: Context, site: str, index: int | Array = 0) -> Array:
@@ -192,23 +273,3 @@ def private_keys(rng_keys: Keys, context: Context, site: str, index: int | Array
         return key
 
     return jax.vmap(key)(rng_keys.private, context.length - 1)
-
-
-def bernoulli(
-    rng_keys: Keys, context: Context, site: str, probs: Array, index: int | Array = 0
-) -> Array:
-    """True with probability `probs` [B, ...], independently."""
-    keys = private_keys(rng_keys, context, site, index)
-    return jax.vmap(jax.random.uniform, (0, None))(keys, probs.shape[1:]) < probs
-
-
-def private_gumbel(
-    rng_keys: Keys, context: Context, site: str, shape: tuple[int, ...], index: int | Array = 0
-) -> Array:
-    """Gumbel noise [B, *shape]; adding it to log-weights and taking the argmax draws from them."""
-    return noise.gumbel(private_keys(rng_keys, context, site, index), shape)
-
-
-def categorical(rng_keys: Keys, context: Context, site: str, log_weights: Array) -> Array:
-    """One token per row [B] from unnormalised log-weights [B, V]."""
-    return argmax(log_weights + private_gumbel(rng_keys, context, site, log_weights.shape[1:]))

@@ -98,6 +98,12 @@ class Topology(NamedTuple):
     def is_chain(self) -> bool:
         return len(self.parents) == len(self.levels)
 
+    @property
+    def is_bundle(self) -> bool:
+        """Paths of equal length that meet in the root only."""
+        widths = {len(level) for level in self.levels[1:]}
+        return len(widths) == 1 and not self.rank[self.depth_of > 1].any()
+
 
 def topology(parents: Sequence[int]) -> Topology:
     """Checks and unfolds a static tree.

@@ -117,6 +117,18 @@ class Sampling:
     min_p: Array  # [B] float32, 0 is off
 
 
+class Draws(NamedTuple):
+    """How random choices are made from keys: the seam at which the laboratory makes its own.
+
+    What a key yields depends on the key alone, so that equal keys give equal noise. Drafters and
+    verifiers come here through `sampling.bernoulli`, `categorical` and `pick` only.
+    """
+
+    bernoulli: Callable  # (site, keys [B], probs [B, ...]) -> [B, ...] bool, independent
+    noise: Callable  # (site, keys [...], shape) -> [..., *shape[:-1], opaque]
+    pick: Callable  # (noise [..., opaque], log_weights [..., V], turn) -> [...] int32
+
+
 @struct.dataclass
 class Keys:
     """Two streams of randomness per row, constant while the row decodes.
@@ -127,6 +139,7 @@ class Keys:
 
     shared: Array  # [B] PRNG keys
     private: Array  # [B] PRNG keys
+    draws: Draws = struct.field(pytree_node=False)
 
 
 @struct.dataclass
@@ -192,14 +205,21 @@ LAWS = ("point", "chain", "paths", "siblings", "hybrid", "general", "coupled")
 class Proposal(NamedTuple):
     """What a drafter promises about its trees, fixed when it is built.
 
-    Laws: `point` (no randomness), `chain` (one path, exact conditional q), `paths` (i.i.d. paths),
-    `siblings` (i.i.d. siblings), `hybrid` (top-(K-1) and one sampled), `general` (any law that
+    Laws: `point` (no randomness), `chain` (one path, exact conditional q), `paths` (i.i.d. paths,
+    as long as the tree is deep, that meet in the root only), `siblings` (i.i.d. siblings), `hybrid`
+    (the likeliest K-1 tokens in order, then one sampled from the rest), `general` (any law that
     `Draft` allows), `coupled` (tokens drawn from the shared noise or kept from an earlier step).
     """
 
     law: str
     num_nodes: int
     depth: int
+
+    @property
+    def laws(self) -> tuple[str, ...]:
+        """Its law and what follows from it: a single path of point masses has an exact q, too."""
+        is_chain = self.num_nodes == self.depth + 1
+        return ("point", "chain") if self.law == "point" and is_chain else (self.law,)
 
 
 class Drafter(NamedTuple):

@@ -186,6 +186,6 @@ def test_draws_follow_their_laws() -> None:
     np.testing.assert_allclose(came_true.mean(0), [0, 0.3, 1, 1], atol=5 * 0.5 / n**0.5)
     assert not came_true[:, 0].any()
     assert came_true[:, 2:].all()
-    noise = samplers.private_gumbel(some, where, "site", (2, 3))
+    noise = samplers.private_noise(some, where, "site", (2, 3))
     assert noise.shape == (n, 2, 3)
     np.testing.assert_allclose(noise.mean(0), np.euler_gamma, atol=5 * 1.3 / n**0.5)

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from specjax import trees
-from specjax.sampling import argmax, private_gumbel, shared_gumbel, softmax, warp
+from specjax.sampling import argmax, pick, private_noise, shared_noise, softmax, warp
 from specjax.types import Array, Context, Draft, Keys, Proposal
 
 
@@ -36,7 +35,7 @@ class Choose(NamedTuple):
     draw: (rng_keys, context, depth, logits [B, W, V], k) -> (tokens [B, W, k],
         log-weights [B, W, k, V] of the laws they were drawn from, or None), for the k children at
         `depth` of each of W nodes.
-    law: of a tree grown so; on a single path, "chain" unless it is point or coupled.
+    law: of a tree grown so; `static` knows where it amounts to "chain" or "paths".
     """
 
     draw: Callable
@@ -56,7 +55,11 @@ def static(parents: Sequence[int], choose: Choose) -> Builder:
     t = trees.topology(parents)
     if t.depth == 0:
         raise ValueError(f"Tree {tuple(parents)} is its root alone; a draft needs another node.")
-    law = "chain" if t.is_chain and choose.law not in ("point", "coupled") else choose.law
+    law = choose.law
+    if t.is_chain and law not in ("point", "coupled"):
+        law = "chain"
+    elif t.is_bundle and law == "siblings":
+        law = "paths"
 
     def grow(
         expand: Callable, rng_keys: Keys, context: Context, logits: Array, carry: Any
@@ -98,6 +101,60 @@ def chain(num_tokens: int, choose: Choose) -> Builder:
     return static(range(-1, num_tokens), choose)
 
 
+def paths(num_paths: int, num_tokens: int, choose: Choose) -> Builder:
+    """`num_paths` paths of `num_tokens` drafted tokens each, which meet in the root only."""
+    nodes = range(1, num_paths * num_tokens + 1)
+    return static([-1, *(max(i - num_paths, 0) for i in nodes)], choose)
+
+
+def merged(build: Builder) -> Builder:
+    """Joins nodes of equal strings, the eldest taking the others' children.
+
+    A duplicate stays where it was drawn as a filler that nobody accepts: a younger sibling of the
+    same token with a one-hot law. Siblings drawn after it have the law of what their elders left.
+
+    Raises:
+        ValueError: the tree's siblings are not drawn independently.
+    """
+    law, num_nodes, depth = build.proposal
+    if law not in ("chain", "paths", "siblings"):
+        raise ValueError(
+            f"Only independent siblings can be merged, but these have law {law!r}; "
+            "choose them with independent()."
+        )
+
+    def grow(
+        expand: Callable, rng_keys: Keys, context: Context, logits: Array, carry: Any
+    ) -> Draft:
+        draft = build.grow(expand, rng_keys, context, logits, carry)
+        parent = jnp.maximum(draft.parents, 0)
+        same_token = draft.tokens[:, :, None] == draft.tokens[:, None, :]
+        both_roots = (draft.parents[:, :, None] < 0) & (draft.parents[:, None, :] < 0)
+        same = both_roots
+        for _ in range(depth):  # equal strings so far, one level more at a time
+            above = jax.vmap(lambda same, parent: same[parent][:, parent])(same, parent)
+            below = (draft.parents[:, :, None] >= 0) & (draft.parents[:, None, :] >= 0)
+            same = both_roots | below & above & same_token
+        eldest = jnp.argmax(same, -1).astype(jnp.int32)  # [B, N]
+        node = jnp.arange(num_nodes, dtype=jnp.int32)
+        parents = jnp.where(draft.parents < 0, -1, jnp.take_along_axis(eldest, parent, 1))
+        elder = (parents[:, :, None] == parents[:, None, :]) & (node[:, None] > node)
+        hot = jax.nn.one_hot(draft.tokens, draft.probs.shape[-1], dtype=draft.probs.dtype)
+        taken = jnp.einsum("bij,bjv->biv", elder.astype(hot.dtype), hot) > 0
+        left = jnp.where(taken, 0.0, draft.probs)
+        left = left / jnp.maximum(left.sum(-1, keepdims=True), jnp.finfo(left.dtype).tiny)
+        is_filler = eldest != node
+        return Draft(
+            tokens=draft.tokens,
+            parents=parents,
+            probs=jnp.where(is_filler[..., None], hot, left),
+            num_drafted=draft.num_drafted - is_filler.sum(-1, dtype=jnp.int32),
+            depth=depth,
+        )
+
+    return Builder(grow, Proposal("chain" if law == "chain" else "general", num_nodes, depth))
+
+
 # ------------------------------------------------------------------- how children are picked
 
 
@@ -123,11 +180,7 @@ def best() -> Choose:
 
 def without_replacement() -> Choose:
     """k distinct tokens drawn one after another from the warped draft law (Gumbel top-k)."""
-
-    def noise(rng_keys: Keys, context: Context, depth: int, shape: tuple[int, ...]) -> Array:
-        return private_gumbel(rng_keys, context, "draft", shape[1:], depth)
-
-    return Choose(_gumbel_top_k(noise), "general")
+    return Choose(_one_after_another(_private_noise), "general")
 
 
 def coupled() -> Choose:
@@ -139,13 +192,26 @@ def coupled() -> Choose:
 
     def noise(rng_keys: Keys, context: Context, depth: int, shape: tuple[int, ...]) -> Array:
         position = context.length[:, None] - 1 + depth
-        return shared_gumbel(rng_keys, position, shape[-1])  # [B, 1, V], one for the level
+        # [B, 1, opaque], one for the level
+        return shared_noise(rng_keys, context, position, shape[-1])
 
-    return Choose(_gumbel_top_k(noise), "coupled")
+    return Choose(_one_after_another(noise), "coupled")
 
 
-def _gumbel_top_k(noise: Callable) -> Callable:
-    """Draws without replacement: the j-th largest of log-weights plus Gumbel noise, j = 1 .. k.
+def hybrid() -> Choose:
+    """The k - 1 likeliest tokens as point masses, then one drawn from the rest of the law.
+
+    Hu et al., arXiv 2502.18779, whose optimal rule for such siblings is `verifiers.hybrid`.
+    """
+    return Choose(_one_after_another(_private_noise, num_sampled=1), "hybrid")
+
+
+def _private_noise(rng_keys: Keys, context: Context, depth: int, shape: tuple[int, ...]) -> Array:
+    return private_noise(rng_keys, context, "draft", shape[1:], depth)
+
+
+def _one_after_another(noise: Callable, num_sampled: int | None = None) -> Callable:
+    """Picks k distinct tokens, the last `num_sampled` at random (by default all), others likeliest.
 
     Given its elders, a child's law is the warped law without their tokens. Once that is exhausted
     the best untried token by the unwarped logits follows, as a point mass.
@@ -155,27 +221,34 @@ def _gumbel_top_k(noise: Callable) -> Callable:
         rng_keys: Keys, context: Context, depth: int, logits: Array, k: int
     ) -> tuple[Array, Array]:
         weights = warp(logits, context.sampling)
-        perturbed = lax.cond(
-            (context.sampling.temperature > 0).any(),
-            lambda x: x + noise(rng_keys, context, depth, x.shape),
-            lambda x: x,
-            weights,
-        )
+        source = noise(rng_keys, context, depth, logits.shape)
+        source = jnp.broadcast_to(source, (*logits.shape[:-1], source.shape[-1]))
+        num_likeliest = 0 if num_sampled is None else k - num_sampled
         tried, tokens, laws = jnp.zeros(logits.shape, bool), [], []
         for child in range(k):
-            law, score = _untried(weights, tried), _untried(perturbed, tried)
-            if child > 0:
-                exhausted = law.max(-1, keepdims=True) == -jnp.inf
-                score = jnp.where(exhausted, _untried(logits, tried), score)
-            tokens.append(argmax(score))
-            hot = jax.nn.one_hot(tokens[-1], logits.shape[-1], dtype=bool)
-            if child > 0:
-                law = jnp.where(exhausted, jnp.where(hot, 0.0, -jnp.inf), law)
+            law = _untried(weights, tried)
+            if child >= num_likeliest:
+                if child > 0:
+                    law = jnp.where(_exhausted(law), _point(_untried(logits, tried)), law)
+                tokens.append(pick(rng_keys, source, law, child - num_likeliest))
+            else:
+                law = _point(jnp.where(_exhausted(law), _untried(logits, tried), law))
+                tokens.append(argmax(law))
             laws.append(law)
-            tried |= hot
+            tried |= jax.nn.one_hot(tokens[-1], logits.shape[-1], dtype=bool)
         return jnp.stack(tokens, -1), jnp.stack(laws, 2)
 
     return draw
+
+
+def _exhausted(log_weights: Array) -> Array:
+    return log_weights.max(-1, keepdims=True) == -jnp.inf
+
+
+def _point(log_weights: Array) -> Array:
+    """All weight on the likeliest token."""
+    hot = jax.nn.one_hot(argmax(log_weights), log_weights.shape[-1], dtype=bool)
+    return jnp.where(hot, 0.0, -jnp.inf)
 
 
 def independent() -> Choose:
@@ -185,8 +258,8 @@ def independent() -> Choose:
         rng_keys: Keys, context: Context, depth: int, logits: Array, k: int
     ) -> tuple[Array, Array]:
         b, w, vocab_size = logits.shape
-        law = warp(logits, context.sampling)[:, :, None]
-        noise = private_gumbel(rng_keys, context, "draft", (w, k, vocab_size), depth)
-        return argmax(law + noise), jnp.broadcast_to(law, (b, w, k, vocab_size))
+        law = jnp.broadcast_to(warp(logits, context.sampling)[:, :, None], (b, w, k, vocab_size))
+        noise = private_noise(rng_keys, context, "draft", (w, k, vocab_size), depth)
+        return pick(rng_keys, noise, law), law
 
     return Choose(draw, "siblings")

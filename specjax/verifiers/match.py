@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from specjax import trees
-from specjax.sampling import argmax, shared_gumbel
+from specjax.sampling import argmax, pick, shared_noise
 from specjax.types import LAWS, Array, Context, Draft, Keys, ModelOutput, Params, Verdict, Verifier
 
 
 def match() -> Verifier:
-    """Follows the tree along `argmax(warped + noise of the next position)`."""
+    """Follows the tree along what the noise of the next position picks from the target's law."""
 
     def verify(
         params: Params,
@@ -29,13 +29,13 @@ def match() -> Verifier:
         mask = trees.ancestor_mask(draft.parents)
         depth_of = jnp.minimum(trees.depths(mask), draft.depth)
 
-        def perturb(warped: Array) -> Array:
+        def draw(warped: Array) -> Array:
             position = context.length[:, None] + jnp.arange(draft.depth + 1)
-            noise = shared_gumbel(rng_keys, position, warped.shape[-1])  # [B, P, V]
-            return warped + jnp.take_along_axis(noise, depth_of[..., None], 1)
+            noise = shared_noise(rng_keys, context, position, warped.shape[-1])  # [B, P, opaque]
+            return pick(rng_keys, jnp.take_along_axis(noise, depth_of[..., None], 1), warped)
 
         sampled = (context.sampling.temperature > 0).any()
-        emitted = argmax(lax.cond(sampled, perturb, lambda x: x, warped))  # [B, N]
+        emitted = lax.cond(sampled, draw, argmax, warped)  # [B, N]
         wanted = jnp.take_along_axis(emitted, jnp.maximum(draft.parents, 0), 1)
         agrees = (draft.tokens == wanted).at[:, 0].set(True)
         last, path, num_nodes = trees.deepest(agrees, mask, draft.depth)
