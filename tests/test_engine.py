@@ -306,13 +306,13 @@ def drafting_with(vocab_size: int) -> Drafter:
 
 REFUSALS: dict[str, tuple[Any, str]] = {
     "law": (
-        lambda: engine.decoder(target()[0], lookup(2), picky("chain", "paths")),
-        "proposes law 'point' but the verifier is lossless for chain, paths only",
+        lambda: engine.decoder(target()[0], lookup(2), picky("paths", "siblings")),
+        "proposes law 'point' but the verifier is lossless for paths, siblings only",
     ),
     "law of a tree": (
         lambda: engine.decoder(
             target()[0],
-            model(draft_model()[0], grow.static((-1, 0, 0), grow.independent())),
+            model(draft_model()[0], grow.static((-1, 0, 0, 1, 1), grow.independent())),
             picky("general"),
         ),
         "proposes law 'siblings' but the verifier is lossless for general only",
