@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from numpy.typing import ArrayLike
 
 from specjax.kernels import noise
 from specjax.types import Array, Context, Draws, Keys, Sampling
@@ -25,10 +26,10 @@ _HALVINGS = 5
 
 def sampling(
     batch_size: int,
-    temperature: float | Array = 0.0,
-    top_k: int | Array = 0,
-    top_p: float | Array = 1.0,
-    min_p: float | Array = 0.0,
+    temperature: ArrayLike = 0.0,
+    top_k: ArrayLike = 0,
+    top_p: ArrayLike = 1.0,
+    min_p: ArrayLike = 0.0,
 ) -> Sampling:
     """Sampling parameters of a batch; every one a scalar or [B].
 
@@ -43,13 +44,13 @@ def sampling(
         ValueError: a value out of range or of another length than the batch.
     """
 
-    def rows(name: str, value: float | Array, low: float, high: float, dtype: type) -> Array:
+    def rows(name: str, value: ArrayLike, low: float, high: float, dtype: type) -> Array:
         array = np.asarray(value)
         if array.shape not in ((), (batch_size,)):
             raise ValueError(f"{name} has shape {array.shape}; a batch of {batch_size} needs one.")
         if not ((array >= low) & (array <= high)).all():
             bound = f"at least {low:g}" if high == np.inf else f"from {low:g} to {high:g}"
-            raise ValueError(f"{name} is {value}; it must be {bound}.")
+            raise ValueError(f"{name} is {array}; it must be {bound}.")
         return jnp.broadcast_to(jnp.asarray(array, dtype), [batch_size])
 
     return Sampling(
@@ -129,7 +130,7 @@ def _truncate(x: Array, sampling: Sampling) -> Array:
     """Cuts to top-k, top-p and min-p by threshold search: sorting a vocabulary is far slower."""
     order = _ordered_bits(x)
     top_k = jnp.where(sampling.top_k > 0, sampling.top_k, x.shape[-1])[:, None, None]
-    top_k = jnp.minimum(top_k, x.shape[-1]).astype(jnp.float32)
+    top_k = jnp.minimum(top_k, x.shape[-1]).astype(x.dtype)
     above = order >= _threshold(order, jnp.ones_like(x), top_k)
     x = jnp.where(above, x, -jnp.inf)
     mass = jnp.exp(x - x.max(-1, keepdims=True))
@@ -141,9 +142,11 @@ def _truncate(x: Array, sampling: Sampling) -> Array:
 
 
 def _ordered_bits(x: Array) -> Array:
-    """int32 that compare as the floats do."""
-    bits = lax.bitcast_convert_type(x, jnp.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    """Integers that compare as the floats do."""
+    width = jnp.finfo(x.dtype).bits
+    integer = jnp.dtype(f"int{width}")
+    bits = lax.bitcast_convert_type(x, integer)
+    return bits ^ ((bits >> (width - 1)) & jnp.iinfo(integer).max)
 
 
 def _threshold(order: Array, weight: Array, enough: Array) -> Array:
@@ -156,7 +159,9 @@ def _threshold(order: Array, weight: Array, enough: Array) -> Array:
         return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
 
     low = order.min(-1, keepdims=True)
-    return lax.fori_loop(0, 32, halve, (low, order.max(-1, keepdims=True) + 1))[0]
+    return lax.fori_loop(
+        0, jnp.iinfo(order.dtype).bits, halve, (low, order.max(-1, keepdims=True) + 1)
+    )[0]
 
 
 # -------------------------------------------------------------------------------- randomness

@@ -34,8 +34,9 @@ def tiny_model(
     num_kv_heads: int = 1,
     head_dim: int = 8,
     feature_layers: tuple[int, ...] = (),
+    dtype: jnp.dtype = jnp.float32,
 ) -> tuple[Model, PyTree]:
-    """A float32 model small enough to enumerate, and its weights.
+    """A model small enough to enumerate, and its weights.
 
     Freshly initialised weights predict nearly nothing, and every rule looks lossless on a uniform
     law; `scale` multiplies all matrices so that the laws are uneven and depend on what came before.
@@ -51,15 +52,16 @@ def tiny_model(
         head_dim=head_dim,
         tie_embeddings=False,
     )
-    model = transformer(config, jnp.float32, feature_layers)
-    params = jax.jit(model.init)(jax.random.key(seed))
-    return model, jax.tree.map(lambda x: x * scale if x.ndim > 1 else x, params)
+    model = transformer(config, dtype, feature_layers)
+    params = jax.jit(transformer(config, jnp.float32, feature_layers).init)(jax.random.key(seed))
+    params = jax.tree.map(lambda x: x * scale if x.ndim > 1 else x, params)
+    return model, jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 # --------------------------------------------------------------------------------------------- laws
 
 
-def exact_law(
+def conditional_laws(
     model: Model,
     params: PyTree,
     prompt: Sequence[int] | np.ndarray,
@@ -67,7 +69,7 @@ def exact_law(
     horizon: int,
     eos_id: int | None = None,
 ) -> np.ndarray:
-    """The joint law of the next `horizon` tokens, by teacher forcing every continuation.
+    """Each token's probability given what is before it, by teacher forcing every continuation.
 
     Args:
         model: the target.
@@ -78,7 +80,7 @@ def exact_law(
         eos_id: a token that is followed by itself only.
 
     Returns:
-        [V ** H] float64; the first of the H tokens is the most significant digit.
+        [V ** H, H] float64, for every string of H tokens, the first the most significant digit.
     """
     v, t = model.vocab_size, len(prompt)
     strings = np.array(list(itertools.product(range(v), repeat=horizon)))
@@ -92,7 +94,19 @@ def exact_law(
     if eos_id is not None:
         ended = np.cumsum(strings == eos_id, 1) - (strings == eos_id) > 0
         laws = np.where(ended[..., None], np.arange(v) == eos_id, laws)
-    return np.take_along_axis(laws, strings[..., None], 2)[..., 0].prod(1)
+    return np.take_along_axis(laws, strings[..., None], 2)[..., 0]
+
+
+def exact_law(
+    model: Model,
+    params: PyTree,
+    prompt: Sequence[int] | np.ndarray,
+    sampling: Sampling,
+    horizon: int,
+    eos_id: int | None = None,
+) -> np.ndarray:
+    """The joint law [V ** H] of the next H tokens; arguments as for `conditional_laws`."""
+    return conditional_laws(model, params, prompt, sampling, horizon, eos_id).prod(1)
 
 
 def count_strings(

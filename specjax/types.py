@@ -239,6 +239,7 @@ class Verifier(NamedTuple):
     #                   -> Verdict
     laws: tuple[str, ...]  # of the proposals it is lossless for; `decoder` refuses the others
     lossless: bool = True  # False travels into results, tables and plots
+    drafter_invariant: bool = False  # sampled text equals plain sampling's, token for token
 
 
 class Decoder(NamedTuple):

@@ -41,7 +41,7 @@ def model(draft_model: Model, build: Builder) -> Drafter:
     """
 
     def init(batch_size: int, max_length: int) -> ModelDraftState:
-        logits = jnp.zeros((batch_size, draft_model.vocab_size), jnp.float32)
+        logits = jnp.zeros((batch_size, draft_model.vocab_size))
         return ModelDraftState(draft_model.init_cache(batch_size, max_length), logits)
 
     def propose(

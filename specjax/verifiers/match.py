@@ -41,4 +41,4 @@ def match() -> Verifier:
         last, path, num_nodes = trees.deepest(agrees, mask, draft.depth)
         return Verdict(path, num_nodes, jnp.take_along_axis(emitted, last[:, None], 1)[:, 0])
 
-    return Verifier(verify, LAWS)
+    return Verifier(verify, LAWS, drafter_invariant=True)

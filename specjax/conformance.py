@@ -1,0 +1,406 @@
+"""What a decoder must keep to whatever it drafts, in one program: a large ragged batch of rows.
+
+Every row has its own prompt, limit, temperature and truncation. Plain decoding without caches,
+trees and drafts says what greedy rows write, and under a drafter-invariant rule the others too;
+exact enumeration of the target says how often each text is written.
+"""
+
+import functools
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specjax import engine, testing
+from specjax.enumeration import history
+from specjax.laboratory import Check, Factory, build_decoder, checked, transformer_pair
+from specjax.models.transformer import forward
+from specjax.sampling import sampling
+from specjax.types import Array, Cache, Decoder, DecodeState, Params, Sampling
+
+# ------------------------------------------------------------------------------- one large batch
+
+ROWS, SLOTS = 1024, 20  # of every batch: rows, buffer
+_WIDTH = 8  # the longest prompt
+
+
+class Batch(NamedTuple):
+    """What a program reads; every array leads with the row."""
+
+    rng_keys: Array
+    sampling: Sampling
+    prompt: np.ndarray  # [B, S]
+    prompt_length: np.ndarray
+    limit: np.ndarray
+
+    def take(self, rows: np.ndarray) -> "Batch":
+        return jax.tree.map(lambda x: x[rows], self)
+
+
+class Result(NamedTuple):
+    """What it leaves behind, as numpy."""
+
+    tokens: np.ndarray  # [B, S]
+    length: np.ndarray  # [B]
+    done: np.ndarray  # [B]
+    num_steps: np.ndarray  # [B]
+    caches: list[Cache]  # the target's, then the drafter's
+
+    def row(self, b: int) -> tuple:
+        """All that row b's owner can see."""
+        return (*self.tokens[b, : self.length[b]].tolist(), "steps", int(self.num_steps[b]))
+
+
+class Program:
+    """A decoder of the laboratory's transformers, compiled for one shape of batch."""
+
+    def __init__(self, name: str, factory: Factory, eos_id: int = 4) -> None:
+        self.name, self.pair, self.eos_id = name, transformer_pair(), eos_id
+        self.parts = factory(self.pair)
+        decoder, self.params = build_decoder(lambda _: self.parts, self.pair, (eos_id,))
+        self.num_traces = 0
+        self.decoder: Decoder = decoder._replace(step=self._counted(decoder))
+
+    def _counted(self, decoder: Decoder) -> Callable:
+        def step(params: Params, state: DecodeState) -> Any:
+            self.num_traces += 1
+            return decoder.step(params, state)
+
+        return step
+
+    def decode(self, batch: Batch, params: Params | None = None) -> Result:
+        params = self.params if params is None else params
+        state = engine.decode(self.decoder, params, *batch, SLOTS)
+        return _result(state)
+
+    @functools.cached_property
+    def result(self) -> Result:
+        """Of the scenario."""
+        return self.decode(scenario(self.pair.target.vocab_size))
+
+    @functools.cached_property
+    def text(self) -> str | None:
+        """The compiled program, the very one that `decode` runs."""
+        batch = scenario(self.pair.target.vocab_size)
+        return engine.decode.lower(self.decoder, self.params, *batch, SLOTS).compile().as_text()
+
+
+def _result(state: DecodeState) -> Result:
+    context = state.context
+    nodes = jax.tree.leaves((context.cache, state.drafter), is_leaf=lambda x: isinstance(x, Cache))
+    caches = [jax.tree.map(np.asarray, x) for x in nodes if isinstance(x, Cache)]
+    return Result(
+        np.asarray(context.tokens),
+        np.asarray(context.length),
+        np.asarray(state.done),
+        np.asarray(state.num_steps),
+        caches,
+    )
+
+
+@functools.cache
+def scenario(vocab_size: int) -> Batch:
+    """Everything at once: short and long prompts, greedy and sampled rows, all kinds of ends."""
+    rng = np.random.default_rng(2)
+    prompt = np.zeros((ROWS, SLOTS), np.int32)
+    prompt[:, :_WIDTH] = rng.integers(0, vocab_size, (ROWS, _WIDTH))
+    prompt[::2, :_WIDTH] = np.tile(prompt[::2, :2], _WIDTH // 2)  # for drafters that copy
+    prompt_length = rng.integers(1, _WIDTH + 1, ROWS).astype(np.int32)
+    limits = np.stack(
+        [
+            np.ones(ROWS),  # below the prompt
+            prompt_length,
+            prompt_length + 1,
+            prompt_length + rng.integers(2, 9, ROWS),
+            np.full(ROWS, SLOTS),
+            np.full(ROWS, SLOTS + 9),  # the buffer ends first
+        ]
+    )
+    pick = rng.choice(6, ROWS, p=[0.05, 0.05, 0.1, 0.2, 0.2, 0.4])
+    return Batch(
+        rng_keys=jax.random.split(jax.random.key(3), ROWS),
+        sampling=sampling(
+            ROWS,
+            temperature=rng.choice([0.0, 0.0, 0.6, 1.0, 1.5], ROWS),
+            top_k=rng.choice([0, 0, 3, 4], ROWS),
+            top_p=rng.choice([1.0, 1.0, 0.9], ROWS),
+            min_p=rng.choice([0.0, 0.0, 0.1], ROWS),
+        ),
+        prompt=prompt,
+        prompt_length=prompt_length,
+        limit=limits[pick, np.arange(ROWS)].astype(np.int32),
+    )
+
+
+class Plain(NamedTuple):
+    """What plain decoding writes for the scenario."""
+
+    tokens: np.ndarray  # [B, S]
+    length: np.ndarray  # [B]
+
+
+@functools.cache
+def plain(eos_id: int = 4) -> Plain:
+    """The scenario without caches, trees or drafts: the argmax loop, or one with shared noise."""
+    target, params = transformer_pair()[:2]
+    batch = scenario(target.vocab_size)
+    where = (batch.prompt, batch.prompt_length, SLOTS)
+    greedy = testing.greedy_reference(target, params, *where)
+    sampled = testing.sample_reference(target, params, batch.rng_keys, batch.sampling, *where)
+    is_greedy = np.asarray(batch.sampling.temperature == 0)[:, None]
+    tokens = np.where(is_greedy, greedy.tokens, sampled.tokens)
+    length = testing.cut(tokens, batch.prompt_length, batch.limit, (eos_id,))
+    margin = np.where(is_greedy, greedy.margin, sampled.margin)
+    margin = np.where(np.arange(SLOTS) < length[:, None], margin, np.inf)
+    # Then no two correct programs can disagree, however they round.
+    if margin.min() < 2e-5:
+        raise RuntimeError(f"The scenario leaves a margin of {margin.min()}; choose another.")
+    return Plain(tokens, length)
+
+
+# ------------------------------------------------------------------------------ sampled by the law
+
+
+class Law(NamedTuple):
+    """A prompt and how its continuation is sampled."""
+
+    prompt: tuple[int, ...]
+    sampling: dict[str, Any]
+
+
+HORIZON = 3
+LAWS = (
+    Law((1, 2, 3, 1, 2, 0), {"temperature": 0.9, "min_p": 0.05}),
+    Law((3, 0, 3), {"temperature": 1.3, "top_k": 4, "top_p": 0.9}),
+)
+FAULT, DETECTION = 0.02, 0.99  # total variation that is found, and with which probability
+
+
+@functools.cache
+def exact_laws(eos_id: int = 4) -> tuple[np.ndarray, ...]:
+    """Of the `LAWS`, [V ** HORIZON] each."""
+    target, params = transformer_pair()[:2]
+    return tuple(
+        testing.exact_law(target, params, law.prompt, sampling(1, **law.sampling), HORIZON, eos_id)
+        for law in LAWS
+    )
+
+
+def sampled_law(program: Program, num_tests: int = 1, num_rows: int | None = None) -> Check:
+    """Decodes three tokens in rows of either law, side by side, and compares by chi-square.
+
+    Args:
+        program: the decoder.
+        num_tests: how many programs are tested in all.
+        num_rows: per law; by default what `FAULT` and `DETECTION` take.
+    """
+
+    def run() -> tuple[bool, str, dict[str, Any]]:
+        laws, num_laws = exact_laws(program.eos_id), len(LAWS)
+        cells = max(int((law > 0).sum()) for law in laws)
+        needed = num_rows or testing.sample_size(cells, FAULT, num_tests * num_laws, DETECTION)
+        num_calls = -(-needed * num_laws // ROWS)
+        which = np.arange(ROWS) % num_laws
+        prompt = np.zeros((ROWS, SLOTS), np.int32)
+        prompt_length = np.array([len(law.prompt) for law in LAWS], np.int32)[which]
+        for i, law in enumerate(LAWS):
+            prompt[which == i, : len(law.prompt)] = law.prompt
+        off = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        settings: dict[str, Any] = {
+            name: np.array([law.sampling.get(name, value) for law in LAWS])[which]
+            for name, value in off.items()
+        }
+        seed = zlib.crc32(program.name.encode())
+        vocab_size = program.pair.target.vocab_size
+        counts = np.zeros((num_laws, vocab_size**HORIZON), np.int64)
+        how = sampling(ROWS, **settings)
+        for keys in jax.random.split(jax.random.key(seed), (num_calls, ROWS)):
+            limit = prompt_length + HORIZON
+            result = program.decode(Batch(keys, how, prompt, prompt_length, limit))
+            for i in range(num_laws):
+                rows = which == i
+                counts[i] += testing.count_strings(
+                    result.tokens[rows],
+                    prompt_length[rows],
+                    result.length[rows],
+                    HORIZON,
+                    vocab_size,
+                    program.eos_id,
+                )
+        tests = [
+            testing.law_test(count, law, num_tests * num_laws)
+            for count, law in zip(counts, laws, strict=True)
+        ]
+        least = min(tests, key=lambda test: (test.passed, test.p_value))
+        verdict = (
+            f"p-value {least.p_value:.2g}, at least {least.threshold:.1g} passes; "
+            f"{least.num_rows} rows a law"
+        )
+        if any(test.impossible for test in tests):
+            verdict += f"; {sum(test.impossible for test in tests)} rows that cannot be"
+        power = testing.power(least.num_rows, cells, FAULT, num_tests * num_laws)
+        figures = {"tests": [test._asdict() for test in tests], "power": power, "fault": FAULT}
+        return all(test.passed for test in tests), verdict, figures
+
+    return checked("sampling", run)
+
+
+# ------------------------------------------------------------------- text determined by the row
+
+
+def _compared(name: str, program: Program, rows: np.ndarray) -> Check:
+    """The scenario's `rows` [B] bool against plain decoding."""
+
+    def run() -> tuple[bool, str, dict[str, Any]]:
+        expected, result = plain(program.eos_id), program.result
+        written = np.arange(SLOTS) < expected.length[:, None]
+        wrong = ((result.tokens != expected.tokens) & written).any(1)
+        wrong |= result.length != expected.length
+        count = int((wrong & rows).sum())
+        return count == 0, f"{count} of {int(rows.sum())} rows differ", {"different": count}
+
+    return checked(name, run)
+
+
+def _is_greedy(program: Program) -> np.ndarray:
+    return np.asarray(scenario(program.pair.target.vocab_size).sampling.temperature) == 0
+
+
+def greedy_identity(program: Program) -> Check:
+    """Greedy rows equal the uncached argmax loop's."""
+    return _compared("greedy", program, _is_greedy(program))
+
+
+def invariance(program: Program) -> Check:
+    """Sampled rows equal plain sampling's."""
+    return _compared("invariance", program, ~_is_greedy(program))
+
+
+def row_independence(program: Program) -> Check:
+    """Rows elsewhere, among others, or alone, write what they wrote."""
+
+    def run() -> tuple[bool, str, dict[str, Any]]:
+        batch, alone = scenario(program.pair.target.vocab_size), program.result
+        rng = np.random.default_rng(zlib.crc32(program.name.encode()))
+        different = compared = 0
+
+        def put(rows: np.ndarray, others: Batch) -> None:
+            nonlocal different, compared
+            place = rng.permutation(ROWS)[: len(rows)]
+            source = np.arange(ROWS)
+            source[place] = ROWS + rows
+            both = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), others, batch)
+            mixed = program.decode(both.take(source))
+            different += sum(
+                mixed.row(at) != alone.row(row) for row, at in zip(rows, place, strict=True)
+            )
+            compared += len(rows)
+
+        fresh = jax.random.split(jax.random.key(4), ROWS)
+        shuffled = batch.take(rng.permutation(ROWS))
+        put(np.arange(0, ROWS, 2), shuffled._replace(rng_keys=fresh))
+        how = batch.sampling
+        uncut = np.asarray((how.top_k == 0) & (how.top_p == 1) & (how.min_p == 0))
+        greedy = shuffled._replace(sampling=sampling(ROWS))
+        put(np.flatnonzero(uncut)[:100], greedy)
+        # A row by itself: all others are at their limit from the start.
+        idle = shuffled._replace(limit=np.ones(ROWS, np.int32))
+        longest = np.argsort(-alone.num_steps, kind="stable")
+        for kind in (_is_greedy(program), ~_is_greedy(program)):
+            put(longest[kind[longest]][:1], idle)
+        verdict = f"{different} of {compared} rows differ among others"
+        return different == 0, verdict, {"different": different, "compared": compared}
+
+    return checked("rows", run)
+
+
+def ends(program: Program) -> Check:
+    """Texts keep their prompt, end after their first EOS or at the limit, and nowhere else."""
+
+    def run() -> tuple[bool, str, dict[str, Any]]:
+        batch, result = scenario(program.pair.target.vocab_size), program.result
+        at = np.arange(SLOTS)
+        in_prompt = at < batch.prompt_length[:, None]
+        new = ~in_prompt & (at < result.length[:, None])
+        is_eos = (result.tokens == program.eos_id) & new
+        end = np.maximum(np.minimum(batch.limit, SLOTS), batch.prompt_length)
+        gained = result.length - batch.prompt_length
+        most = result.num_steps * (program.decoder.proposal.depth + 1)
+        wrong = {
+            "prompts were changed": ((result.tokens != batch.prompt) & in_prompt).any(1),
+            "rows are not done": ~result.done,
+            "text goes on after an EOS": (is_eos & (at < result.length[:, None] - 1)).any(1),
+            "text ends early": (result.length < end) & ~is_eos.any(1),
+            "text goes beyond its limit": result.length > end,
+            "steps were miscounted": (result.num_steps > gained) | (gained > most),
+        }
+        found = {text: int(rows.sum()) for text, rows in wrong.items() if rows.any()}
+        verdict = "; ".join(f"{text} in {n} rows" for text, n in found.items())
+        return not found, verdict or f"{ROWS} rows end where they should", found
+
+    return checked("ends", run)
+
+
+def cached_history(program: Program, tolerance: float = 1e-3) -> Check:
+    """Every cache holds what absorbing the whole text at once puts there."""
+
+    def run() -> tuple[bool, str, dict[str, Any]]:
+        result = program.result
+        batch = scenario(program.pair.target.vocab_size)
+        prompt = history(result.tokens, result.length, 1)
+        no_more = np.ones(ROWS, np.int32)
+        again = batch._replace(prompt=prompt, prompt_length=result.length, limit=no_more)
+        fresh = program.decode(again)
+        worst, lengths = 0.0, True
+        for old, new in zip(result.caches, fresh.caches, strict=True):
+            lengths &= bool((old.length == new.length).all())
+            for x, y in zip(old.keys + old.values, new.keys + new.values, strict=True):
+                apart = history(x, new.length, 2) - history(y, new.length, 2)
+                worst = max(worst, float(abs(apart).max(initial=0)))
+        verdict = f"largest difference {worst:.1e} in {len(fresh.caches)} caches"
+        if not lengths:
+            verdict += "; lengths differ"
+        return lengths and worst < tolerance, verdict, {"largest_difference": worst}
+
+    return checked("caches", run)
+
+
+def bfloat16_margin(factory: Factory, spacings: float = 8.0) -> Check:
+    """Where greedy text in bfloat16 leaves the argmax loop's, how far apart were the two tokens?
+
+    Exact arithmetic aside, a pass over a tree rounds otherwise than one over the whole text. Passes
+    while the target preferred its own token by at most `spacings` of bfloat16 at that logit.
+    """
+
+    def run() -> tuple[bool, str, dict[str, Any]]:
+        pair = transformer_pair(dtype=jnp.bfloat16)
+        decoder, params = build_decoder(factory, pair)
+        batch = scenario(pair.target.vocab_size)._replace(sampling=sampling(ROWS))
+        state = engine.decode(decoder, params, *batch, SLOTS)
+        tokens, length = np.asarray(state.context.tokens), np.asarray(state.context.length)
+        whole = jax.jit(lambda tokens: forward(pair.target, pair.target_params, tokens).logits)
+        logits = np.asarray(whole(tokens))[:, :-1]  # [B, S - 1, V], of the tokens from the second
+        written = np.take_along_axis(logits, tokens[:, 1:, None], 2)[..., 0]
+        at = np.arange(1, SLOTS)
+        new = (at >= batch.prompt_length[:, None]) & (at < length[:, None])
+        differs = (logits.max(-1) > written) & new
+        first = differs & (differs.cumsum(1) == 1)
+        margin = np.where(first, logits.max(-1) - written, 0.0)
+        spacing = 2.0 ** (np.floor(np.log2(np.maximum(abs(logits).max(-1), 1e-3))) - 7)
+        worst = float((margin / spacing).max())
+        figures = {
+            "different_rows": int(first.sum()),
+            "rows": ROWS,
+            "largest_margin": float(margin.max()),
+            "in_spacings": worst,
+        }
+        verdict = (
+            f"{figures['different_rows']} of {ROWS} rows differ, by a margin of at most "
+            f"{figures['largest_margin']:.2g} ({worst:.1f} spacings of bfloat16)"
+        )
+        return worst <= spacings, verdict, figures
+
+    return checked("bfloat16", run)
