@@ -1,20 +1,24 @@
 """Every drafter with every verifier it is legal for: all laws are tested on each row added here."""
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+from specjax.conformance import EOS_ID as EOS_ID
 from specjax.drafters import grow
 from specjax.drafters.lookup import lookup
 from specjax.drafters.model import model
 from specjax.drafters.none import none
-from specjax.testing import tiny_model
+from specjax.laboratory import transformer_pair
 from specjax.types import Drafter, Model, PyTree, Verifier
+from specjax.verifiers.block import block
+from specjax.verifiers.gbv import gbv
+from specjax.verifiers.hybrid import hybrid
+from specjax.verifiers.kseq import kseq
 from specjax.verifiers.match import match
 from specjax.verifiers.rejection import rejection
+from specjax.verifiers.traversal import traversal
 
 VOCAB_SIZE = 5
-EOS_ID = 4
 
 
 class Case(NamedTuple):
@@ -26,16 +30,14 @@ class Case(NamedTuple):
     kind: str  # drafters of one kind differ in their trees only: their states have the same shapes
 
 
-@functools.cache
 def target() -> tuple[Model, PyTree]:
     """The target of all cases."""
-    return tiny_model(VOCAB_SIZE, seed=1)
+    return transformer_pair().target, transformer_pair().target_params
 
 
-@functools.cache
 def draft_model() -> tuple[Model, PyTree]:
-    """A different model: other size, other weights. A single layer would hide cache copies."""
-    return tiny_model(VOCAB_SIZE, num_layers=2, hidden_size=8, head_dim=6, seed=2)
+    """A different model: other size, other weights."""
+    return transformer_pair().draft, transformer_pair().draft_params
 
 
 def nothing() -> PyTree:
@@ -48,13 +50,17 @@ def independent_model(build: grow.Builder) -> Callable[[], Drafter]:
 
 
 TREE = (-1, 0, 0, 1, 1, 2, 3)  # depth 3, uneven
-BUILDERS = {
-    "chain best": grow.chain(3, grow.best()),
-    "chain without_replacement": grow.chain(3, grow.without_replacement()),
-    "chain coupled": grow.chain(3, grow.coupled()),
-    "tree best": grow.static(TREE, grow.best()),
-    "tree without_replacement": grow.static(TREE, grow.without_replacement()),
-    "tree independent": grow.static(TREE, grow.independent()),
+IID, WOR = grow.independent(), grow.without_replacement()
+BUILDERS: dict[str, tuple[grow.Builder, tuple[Callable[[], Verifier], ...]]] = {
+    "chain best": (grow.chain(3, grow.best()), (match, rejection, block)),
+    "chain without_replacement": (grow.chain(3, WOR), (match, rejection, block, traversal)),
+    "chain coupled": (grow.chain(3, grow.coupled()), (match, rejection)),
+    "tree best": (grow.static(TREE, grow.best()), (match, rejection, traversal)),
+    "tree without_replacement": (grow.static(TREE, WOR), (match, rejection, traversal)),
+    "tree independent": (grow.static(TREE, IID), (match, rejection, kseq)),
+    "tree hybrid": (grow.static(TREE, grow.hybrid()), (hybrid,)),
+    "paths": (grow.paths(2, 3, IID), (kseq, gbv)),
+    "paths merged": (grow.merged(grow.paths(2, 3, IID)), (rejection, traversal)),
 }
 
 CASES: dict[str, Case] = {
@@ -62,8 +68,8 @@ CASES: dict[str, Case] = {
     "lookup/match": Case(lambda: lookup(3), match, nothing, "lookup"),
     "lookup/rejection": Case(lambda: lookup(3, ngram=2), rejection, nothing, "lookup"),
 }
-for _name, _build in BUILDERS.items():
-    for _verifier in (match, rejection):
+for _name, (_build, _verifiers) in BUILDERS.items():
+    for _verifier in _verifiers:
         CASES[f"model {_name}/{_verifier.__name__}"] = Case(
             independent_model(_build), _verifier, lambda: draft_model()[1], "model"
         )

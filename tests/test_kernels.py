@@ -16,7 +16,7 @@ import pytest
 from specjax import engine, testing
 from specjax.drafters import grow
 from specjax.drafters.model import model
-from specjax.kernels import attention, commit, native, noise
+from specjax.kernels import attention, below, commit, native, noise
 from specjax.kernels.linear import FEW_ROWS, _few_rows, linear
 from specjax.sampling import sampling
 from specjax.types import Params
@@ -164,6 +164,25 @@ def test_keys_derive_as_those_of_jax() -> None:
         np.testing.assert_array_equal(actual, expected)
     other = noise.straight(jax.random.split(jax.random.key(0, impl="rbg"), 3))
     assert len(np.unique(jax.random.key_data(other))) == 6
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 700), (2, 2, 16384)])
+def test_below_sums_in_the_order_of_the_keys(shape: tuple[int, ...]) -> None:
+    """Few ties, many, nothing else; by the kernel and by sorting."""
+    rng = np.random.default_rng(0)
+    uniform = rng.random(shape)
+    tied = np.minimum(np.round(10 * uniform) / 8, 1)
+    for keys in (uniform, tied, np.zeros(shape), np.ones(shape)):
+        keys, weights = keys.astype(np.float32), rng.random(shape).astype(np.float32)
+        order = np.argsort(keys, -1, kind="stable")
+        sums = np.take_along_axis(weights.astype(np.float64), order, -1).cumsum(-1)
+        sums = np.concatenate([np.zeros_like(sums[..., :1]), sums[..., :-1]], -1)
+        expected = np.empty(shape)
+        np.put_along_axis(expected, order, sums, -1)
+        found = jax.jit(below.below)(keys, weights)
+        plain = jax.jit(below._sorted)(*(x.reshape(-1, shape[-1]) for x in (keys, weights)))
+        np.testing.assert_allclose(found, expected, rtol=3e-6)
+        np.testing.assert_allclose(plain.reshape(shape), expected, rtol=3e-5)
 
 
 @_NEEDS_COMPILER

@@ -3,25 +3,25 @@
 Compiling takes most of the time, hence one program per case: one batch shape serves all laws.
 """
 
-import functools
 import inspect
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, EOS_ID, TREE, VOCAB_SIZE, draft_model, independent_model, target
+from cases import CASES, EOS_ID, TREE, VOCAB_SIZE, Case, draft_model, target
 
 from specjax import cache as caches
-from specjax import engine, testing
+from specjax import conformance, engine, testing
+from specjax.conformance import ROWS, SLOTS, Batch, Program
 from specjax.drafters import grow
 from specjax.drafters.model import model
 from specjax.drafters.none import none
 from specjax.kernels import native
+from specjax.laboratory import Check, Pair, Parts
 from specjax.models.transformer import TransformerConfig, transformer
 from specjax.sampling import categorical, sampling
 from specjax.types import (
@@ -31,7 +31,6 @@ from specjax.types import (
     Decoder,
     DecodeState,
     Draft,
-    Drafter,
     Keys,
     Model,
     ModelOutput,
@@ -44,155 +43,27 @@ from specjax.types import (
 from specjax.verifiers.match import match
 from specjax.verifiers.rejection import rejection
 
-ROWS, WIDTH, SLOTS = 1024, 8, 20  # of every batch: rows, widest prompt, buffer
-
-# ----------------------------------------------------------------------------------------- programs
+WIDTH = conformance.WIDTH
 
 
-class Batch(NamedTuple):
-    """What a program reads; every array leads with the row."""
-
-    rng_keys: Array
-    sampling: Sampling
-    prompt: np.ndarray
-    prompt_length: np.ndarray
-    limit: np.ndarray
-
-    def take(self, rows: np.ndarray) -> "Batch":
-        return jax.tree.map(lambda x: x[rows], self)
-
-
-class Result(NamedTuple):
-    """What it leaves behind, as numpy."""
-
-    tokens: np.ndarray  # [B, S]
-    length: np.ndarray  # [B]
-    done: np.ndarray  # [B]
-    num_steps: np.ndarray  # [B]
-    cached: np.ndarray  # [B], the target's cache length
-
-    def row(self, b: int) -> tuple:
-        """All that row b's owner can see."""
-        return (*self.tokens[b, : self.length[b]].tolist(), "steps", int(self.num_steps[b]))
-
-
-class Program:
-    """A case, compiled."""
-
-    def __init__(
-        self,
-        name: str,
-        drafter: Drafter,
-        verifier: Verifier,
-        drafter_params: PyTree,
-        eos_ids: tuple[int, ...] = (EOS_ID,),
-    ) -> None:
-        self.name, self.verifier = name, verifier
-        self.num_traces = 0
-        decoder = engine.decoder(target()[0], drafter, verifier, eos_ids=eos_ids)
-        self.decoder = decoder._replace(step=self._counted(decoder))
-        self.params = Params(target()[1], drafter_params)
-
-    def _counted(self, decoder: Decoder) -> Any:
-        def step(params: Params, state: Any) -> Any:
-            self.num_traces += 1
-            return decoder.step(params, state)
-
-        return step
-
-    def decode(self, batch: Batch, params: Params | None = None) -> Result:
-        state = engine.decode(
-            self.decoder, self.params if params is None else params, *batch, SLOTS
-        )
-        context = state.context
-        return Result(
-            *map(
-                np.asarray,
-                (context.tokens, context.length, state.done, state.num_steps, context.cache.length),
-            )
-        )
-
-    @functools.cached_property
-    def result(self) -> Result:
-        """Of the scenario."""
-        return self.decode(scenario())
-
-    @functools.cached_property
-    def text(self) -> str:
-        """The compiled program, the very one that `decode` runs."""
-        batch = scenario()
-        lowered = engine.decode.lower(self.decoder, self.params, *batch, SLOTS)
-        return lowered.compile().as_text()
+def parts_of(case: Case) -> Callable[[Pair], Parts]:
+    return lambda pair: Parts(case.drafter(), case.params(), case.verifier())
 
 
 @pytest.fixture(
     scope="module", params=[pytest.param(x, marks=pytest.mark.xdist_group(x)) for x in CASES]
 )
 def program(request: pytest.FixtureRequest) -> Iterator[Program]:
-    case = CASES[request.param]
-    yield Program(request.param, case.drafter(), case.verifier(), case.params())
+    yield Program(request.param, parts_of(CASES[request.param]))
     jax.clear_caches()
 
 
-@functools.cache
 def scenario() -> Batch:
-    """Everything at once: short and long prompts, greedy and sampled rows, all kinds of ends."""
-    rng = np.random.default_rng(2)
-    prompt = rng.integers(0, VOCAB_SIZE, (ROWS, WIDTH)).astype(np.int32)
-    prompt[::2] = np.tile(prompt[::2, :2], 4)  # repetitive, for drafters that copy
-    prompt_length = rng.integers(1, WIDTH + 1, ROWS).astype(np.int32)
-    limits = np.stack(
-        [
-            np.ones(ROWS),  # below the prompt
-            prompt_length,
-            prompt_length + 1,
-            prompt_length + rng.integers(2, 9, ROWS),
-            np.full(ROWS, SLOTS),
-            np.full(ROWS, SLOTS + 9),  # the buffer ends first
-        ]
-    )
-    pick = rng.choice(6, ROWS, p=[0.05, 0.05, 0.1, 0.2, 0.2, 0.4])
-    return Batch(
-        rng_keys=jax.random.split(jax.random.key(3), ROWS),
-        sampling=sampling(
-            ROWS,
-            temperature=rng.choice([0.0, 0.0, 0.6, 1.0, 1.5], ROWS),
-            top_k=rng.choice([0, 0, 3, 4], ROWS),
-            top_p=rng.choice([1.0, 1.0, 0.9], ROWS),
-            min_p=rng.choice([0.0, 0.0, 0.1], ROWS),
-        ),
-        prompt=prompt,
-        prompt_length=prompt_length,
-        limit=limits[pick, np.arange(ROWS)].astype(np.int32),
-    )
-
-
-class Plain(NamedTuple):
-    """What plain decoding writes for the scenario."""
-
-    tokens: np.ndarray  # [B, S]
-    length: np.ndarray  # [B]
-
-
-@functools.cache
-def plain() -> Plain:
-    """The scenario without caches, trees or drafts: the argmax loop, or one with shared noise."""
-    batch = scenario()
-    where = (batch.prompt, batch.prompt_length, SLOTS)
-    greedy = testing.greedy_reference(*target(), *where)
-    sampled = testing.sample_reference(*target(), batch.rng_keys, batch.sampling, *where)
-    is_greedy = np.asarray(batch.sampling.temperature == 0)[:, None]
-    tokens = np.where(is_greedy, greedy.tokens, sampled.tokens)
-    length = testing.cut(tokens, batch.prompt_length, batch.limit, (EOS_ID,))
-    margin = np.where(is_greedy, greedy.margin, sampled.margin)
-    margin = np.where(np.arange(SLOTS) < length[:, None], margin, np.inf)
-    # Then no two correct programs can disagree, however they round.
-    assert margin.min() > 2e-5, f"choose another scenario: margin {margin.min()}"
-    return Plain(tokens, length)
+    return conformance.scenario(VOCAB_SIZE)
 
 
 def test_scenario_covers_every_kind_of_end() -> None:
-    batch, (tokens, length) = scenario(), plain()
+    batch, (tokens, length) = scenario(), conformance.plain()
     new = length - batch.prompt_length
     last = np.take_along_axis(tokens, length[:, None] - 1, 1)[:, 0]
     by_eos = (last == EOS_ID) & (new > 0)
@@ -215,94 +86,29 @@ def test_scenario_covers_every_kind_of_end() -> None:
 # ---------------------------------------------------------------------------------- 1: losslessness
 
 
-class Law(NamedTuple):
-    """A prompt and how its continuation is sampled."""
-
-    prompt: tuple[int, ...]
-    sampling: dict[str, float]
-
-
-HORIZON = 3
-LAWS = (
-    Law((1, 2, 3, 1, 2, 0), {"temperature": 0.9, "min_p": 0.05}),
-    Law((3, 0, 3), {"temperature": 1.3, "top_k": 4, "top_p": 0.9}),
-)
-NUM_CALLS = 40
-ROWS_PER_LAW = NUM_CALLS * ROWS // len(LAWS)
-NUM_TESTS = len(CASES) * len(LAWS)
-FAULT = 0.035  # total variation that is found with probability .99, whatever its form
-
-
-@functools.cache
-def exact_laws() -> list[np.ndarray]:
-    return [
-        testing.exact_law(*target(), law.prompt, sampling(1, **law.sampling), HORIZON, EOS_ID)
-        for law in LAWS
-    ]
-
-
-def law_tests(program: Program, num_calls: int = NUM_CALLS) -> list[testing.LawTest]:
-    """Decodes three tokens in rows of either law, side by side, and compares."""
-    which = np.arange(ROWS) % len(LAWS)
-    prompt = np.zeros((ROWS, WIDTH), np.int32)
-    prompt_length = np.array([len(law.prompt) for law in LAWS], np.int32)[which]
-    for i, law in enumerate(LAWS):
-        prompt[which == i, : len(law.prompt)] = law.prompt
-    settings = {
-        name: np.array([law.sampling.get(name, off) for law in LAWS])[which]
-        for name, off in {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}.items()
-    }
-    seed = zlib.crc32(program.name.encode())
-    rng_keys = jax.random.split(jax.random.key(seed), (num_calls, ROWS))
-    counts = np.zeros((len(LAWS), VOCAB_SIZE**HORIZON), np.int64)
-    for keys in rng_keys:
-        batch = Batch(
-            keys, sampling(ROWS, **settings), prompt, prompt_length, prompt_length + HORIZON
-        )
-        result = program.decode(batch)
-        for i in range(len(LAWS)):
-            rows = which == i
-            counts[i] += testing.count_strings(
-                result.tokens[rows],
-                prompt_length[rows],
-                result.length[rows],
-                HORIZON,
-                VOCAB_SIZE,
-                EOS_ID,
-            )
-    return [
-        testing.law_test(count, law, NUM_TESTS)
-        for count, law in zip(counts, exact_laws(), strict=True)
-    ]
+def passes(check: Check) -> dict[str, Any]:
+    assert check.passed, f"{check.name}: {check.verdict}"
+    return check.figures
 
 
 def test_lossless(program: Program) -> None:
-    for test in law_tests(program):
-        assert test.num_rows == ROWS_PER_LAW
-        assert test.passed, f"{program.name}: {test}"
-
-
-def test_power_of_the_law_tests() -> None:
-    for law in exact_laws():
-        cells = int((law > 0).sum())
-        needed = testing.sample_size(cells, FAULT, NUM_TESTS)
-        print(f"{cells} cells: a fault of {FAULT} takes {needed} rows, {ROWS_PER_LAW} are drawn")
-        assert needed <= ROWS_PER_LAW
+    figures = passes(conformance.sampled_law(program, len(CASES)))
+    # A fault of this total variation is found, whatever its form.
+    assert figures["fault"] == 0.02
+    assert figures["power"] >= 0.99
 
 
 def test_laws_are_uneven_and_truncated() -> None:
     """On laws near uniform, or the draft model's own, every rule would look lossless."""
-    for law, p in zip(LAWS, exact_laws(), strict=True):
+    horizon = conformance.HORIZON
+    for law, p in zip(conformance.LAWS, conformance.exact_laws(), strict=True):
         uncut = {"temperature": law.sampling["temperature"]}
-        plain = testing.exact_law(*target(), law.prompt, sampling(1, **uncut), HORIZON, EOS_ID)
+        plain = testing.exact_law(*target(), law.prompt, sampling(1, **uncut), horizon, EOS_ID)
         here = sampling(1, **law.sampling)
-        q = testing.exact_law(*draft_model(), law.prompt, here, HORIZON, EOS_ID)
+        q = testing.exact_law(*draft_model(), law.prompt, here, horizon, EOS_ID)
         assert (p > 0).sum() < (plain > 0).sum()
         assert abs(p - 1 / len(p)).sum() / 2 > 0.3
         assert 0.3 < abs(p - q).sum() / 2 < 0.9
-
-
-# ------------------------------------------------------------------------ faults that must be found
 
 
 def misreported(choose: grow.Choose) -> grow.Choose:
@@ -313,22 +119,6 @@ def misreported(choose: grow.Choose) -> grow.Choose:
     ) -> tuple[Array, Array]:
         tokens, _ = choose.draw(rng_keys, context, depth, logits / 2, k)
         return tokens, choose.draw(rng_keys, context, depth, logits, k)[1]
-
-    return grow.Choose(draw, choose.law)
-
-
-def sorted_siblings(choose: grow.Choose) -> grow.Choose:
-    """Re-orders drawn tokens, each with the law that it was drawn from."""
-
-    def draw(
-        rng_keys: Keys, context: Context, depth: int, logits: Array, k: int
-    ) -> tuple[Array, Array]:
-        tokens, probs = choose.draw(rng_keys, context, depth, logits, k)
-        order = jnp.argsort(tokens, -1)
-        return (
-            jnp.take_along_axis(tokens, order, -1),
-            jnp.take_along_axis(probs, order[..., None], 2),
-        )
 
     return grow.Choose(draw, choose.law)
 
@@ -352,57 +142,14 @@ def without_residual() -> Verifier:
     return Verifier(verify, ("chain",))
 
 
-def residual_of_the_next_node() -> Verifier:
-    """Looks up the target's law one node too late, as an off-by-one would."""
-
-    def verify(
-        params: Params,
-        rng_keys: Keys,
-        context: Context,
-        draft: Draft,
-        output: ModelOutput,
-        warped: Array,
-    ) -> Verdict:
-        late = warped.at[:, 1:-1].set(warped[:, 2:])
-        return rejection().verify(params, rng_keys, context, draft, output, late)
-
-    return Verifier(verify, ("chain",))
-
-
-def reused_draws() -> Verifier:
-    """Forgets where it is: every step of a row sees the same private randomness."""
-
-    def verify(
-        params: Params,
-        rng_keys: Keys,
-        context: Context,
-        draft: Draft,
-        output: ModelOutput,
-        warped: Array,
-    ) -> Verdict:
-        nowhere = context.replace(length=jnp.ones_like(context.length))
-        return rejection().verify(params, rng_keys, nowhere, draft, output, warped)
-
-    return Verifier(verify, ("chain",))
-
-
-FAULTS = {
-    "misreported probs": (grow.chain(1, misreported(grow.without_replacement())), rejection),
-    "sorted siblings": (
-        grow.static((-1, 0, 0, 0), sorted_siblings(grow.without_replacement())),
-        rejection,
-    ),
-    "no residual": (grow.chain(1, grow.without_replacement()), without_residual),
-    "off by one": (grow.chain(2, grow.without_replacement()), residual_of_the_next_node),
-    "reused draws": (grow.chain(1, grow.without_replacement()), reused_draws),
-}
-
-
-@pytest.mark.parametrize("name", FAULTS)
-def test_faults_are_found(name: str) -> None:
-    build, verifier = FAULTS[name]
-    faulty = Program(name, independent_model(build)(), verifier(), draft_model()[1])
-    assert not all(test.passed for test in law_tests(faulty))
+@pytest.mark.parametrize("fault", ["misreported probs", "no residual"])
+def test_sampling_finds_faults(fault: str) -> None:
+    """Enumeration finds them all, `test_exactness.py`; these the statistical test has to find."""
+    choose = grow.without_replacement()
+    build = grow.chain(1, misreported(choose) if fault == "misreported probs" else choose)
+    rule = without_residual if fault == "no residual" else rejection
+    faulty = Program(fault, lambda pair: Parts(model(pair.draft, build), pair.draft_params, rule()))
+    assert not conformance.sampled_law(faulty, len(CASES)).passed
     jax.clear_caches()
 
 
@@ -411,81 +158,39 @@ def test_faults_are_found(name: str) -> None:
 
 def test_text_equals_plain_decoding(program: Program) -> None:
     """Laws 2 and 3: greedy rows always, and under `match` sampled rows too, whatever the draft."""
-    batch, expected, result = scenario(), plain(), program.result
-    determined = np.asarray(batch.sampling.temperature) == 0
-    if program.name.endswith("/match"):
-        determined[:] = True
-    assert determined.sum() > ROWS // 4
-    np.testing.assert_array_equal(result.length[determined], expected.length[determined])
-    written = (np.arange(SLOTS) < expected.length[:, None]) & determined[:, None]
-    np.testing.assert_array_equal(result.tokens[written], expected.tokens[written])
+    passes(conformance.greedy_identity(program))
+    is_match = program.name.endswith("/match")
+    assert program.parts.verifier.drafter_invariant == is_match
+    if is_match:
+        passes(conformance.invariance(program))
 
 
 def test_every_row_ends_where_it_should(program: Program) -> None:
-    batch, result = scenario(), program.result
-    at = np.arange(SLOTS)
-    prompt = at[:WIDTH] < batch.prompt_length[:, None]
-    np.testing.assert_array_equal(result.tokens[:, :WIDTH][prompt], batch.prompt[prompt])
-    assert result.done.all()
-    new = (at >= batch.prompt_length[:, None]) & (at < result.length[:, None])
-    is_eos = (result.tokens == EOS_ID) & new
-    assert not is_eos[at < result.length[:, None] - 1].any(), "text goes on after an EOS"
-    end = np.maximum(np.minimum(batch.limit, SLOTS), batch.prompt_length)
-    np.testing.assert_array_equal(np.where(is_eos.any(1), end, result.length), end)
-    assert (result.length <= end).all()
-    np.testing.assert_array_equal(result.cached, result.length - 1)
+    passes(conformance.ends(program))
 
 
-def test_steps_are_counted_and_drafts_accepted(program: Program) -> None:
-    batch, result = scenario(), program.result
-    gained = result.length - batch.prompt_length
-    depth = program.decoder.proposal.depth
-    assert ((result.num_steps == 0) == (gained == 0)).all()
-    assert (result.num_steps <= gained).all()
-    assert (gained <= result.num_steps * (depth + 1)).all()
-    # Laws about acceptance say nothing if nothing is accepted.
-    assert gained.sum() > (1 if depth == 0 else 1.1) * result.num_steps.sum() - (depth == 0)
+def test_drafts_are_accepted(program: Program) -> None:
+    """Laws about acceptance say nothing if nothing is accepted."""
+    gained = program.result.length - scenario().prompt_length
+    steps, depth = program.result.num_steps, program.decoder.proposal.depth
+    assert ((steps == 0) == (gained == 0)).all()
+    assert gained.sum() > (1 if depth == 0 else 1.1) * steps.sum() - (depth == 0)
 
 
 def test_rows_are_independent(program: Program) -> None:
     """Law 4: neither a row's place nor its neighbours' prompts, limits and sampling matter."""
-    batch, alone = scenario(), program.result
-    rng = np.random.default_rng(zlib.crc32(program.name.encode()))
+    assert passes(conformance.row_independence(program))["compared"] > ROWS // 2
 
-    def check(rows: np.ndarray, others: Batch) -> None:
-        """Puts `rows` of the scenario at random places among `others`."""
-        place = rng.permutation(ROWS)[: len(rows)]
-        source = np.arange(ROWS)
-        source[place] = ROWS + rows
-        both = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), others, batch)
-        mixed = program.decode(both.take(source))
-        for row, at in zip(rows, place, strict=True):
-            assert mixed.row(at) == alone.row(row), f"row {row} of the scenario at {at}"
 
-    fresh = jax.random.split(jax.random.key(4), ROWS)
-    shuffled = batch.take(rng.permutation(ROWS))
-    check(np.arange(0, ROWS, 2), shuffled._replace(rng_keys=fresh))
-    uncut = np.asarray(
-        (batch.sampling.top_k == 0) & (batch.sampling.top_p == 1) & (batch.sampling.min_p == 0)
-    )
-    greedy = shuffled._replace(sampling=sampling(ROWS))
-    check(np.flatnonzero(uncut)[:100], greedy)
-    # A row by itself: all others are at their limit from the start.
-    idle = shuffled._replace(limit=np.ones(ROWS, np.int32))
-    longest = np.argsort(-alone.num_steps, kind="stable")
-    sampled = np.asarray(batch.sampling.temperature)[longest] > 0
-    check(longest[sampled][:1], idle)
-    check(longest[~sampled][:1], idle)
+def test_caches_hold_what_a_prefill_would(program: Program) -> None:
+    assert passes(conformance.cached_history(program))["rows"] > 100
 
 
 @pytest.mark.parametrize("name", ["lookup/rejection", "model tree without_replacement/rejection"])
 def test_eos_only_cuts(name: str) -> None:
     """Where private draws decide, the text up to an EOS is that of a decoder which knows no EOS."""
     case = CASES[name]
-    cutting, endless = (
-        Program(name, case.drafter(), case.verifier(), case.params(), eos_ids)
-        for eos_ids in ((EOS_ID,), ())
-    )
+    cutting, endless = (Program(name, parts_of(case), eos_ids) for eos_ids in ((EOS_ID,), ()))
     batch = scenario()
     expected = endless.result
     length = testing.cut(expected.tokens, batch.prompt_length, expected.length, (EOS_ID,))
