@@ -19,6 +19,7 @@ All but enumeration and bfloat16 run one program: a large ragged batch in which 
 own prompt, limit, temperature and truncation.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -144,6 +145,21 @@ def enumeration(
         return passed, "; ".join([verdict, *sorted(complaints)]), figures
 
     return checked("enumeration", run)
+
+
+@contextlib.contextmanager
+def float64() -> Iterator[None]:
+    """64 bits in every thread, for `tabular_pair(dtype=jnp.float64)` and its enumeration.
+
+    `jax.enable_x64` would hold in this thread alone, and the laboratory's draws are made in others,
+    where laws would be rounded to float32 on their way.
+    """
+    before = jax.enable_x64.value
+    jax.config.update("jax_enable_x64", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
 
 
 def total_variation(

@@ -43,15 +43,24 @@ Factory = Callable[[Pair], Parts]
 
 
 def tabular_pair(
-    vocab_size: int = 3, dtype: jnp.dtype = jnp.float32, seed: int = 0, zeros: float = 0.0
+    vocab_size: int = 3,
+    dtype: jnp.dtype = jnp.float32,
+    seed: int = 0,
+    zeros: float = 0.0,
+    agreement: float = 0.5,
 ) -> Pair:
-    """Two random second-order Markov chains, to enumerate; half of the draft's law is the target's.
+    """Two random second-order Markov chains, to enumerate.
 
-    `zeros` is the share of tokens that each law rules out, for itself.
+    Args:
+        vocab_size: V.
+        dtype: of the log-weights, and so of all probabilities.
+        seed: of the laws.
+        zeros: share of tokens that each law rules out, for itself.
+        agreement: share of the target's law in the draft's.
     """
     rng = np.random.default_rng(seed)
     p, other = (np.exp(random_table(rng, vocab_size, zeros=zeros)) for _ in range(2))
-    q = np.where(other > 0, p + other, 0)
+    q = np.where(other > 0, agreement * p + (1 - agreement) * other, 0)
     with np.errstate(divide="ignore"):
         tables = [jnp.asarray(np.log(x / x.sum(-1, keepdims=True)), dtype) for x in (p, q)]
     return Pair(tabular(vocab_size, dtype), tables[0], tabular(vocab_size, dtype), tables[1])

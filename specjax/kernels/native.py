@@ -21,12 +21,13 @@ import jax
 SOURCES = Path(__file__).parent / "cpu"
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-pthread", "-w")
 LINEAR, ATTENTION = "specjax_linear", "specjax_attention"
-COMMIT, GUMBEL = "specjax_commit", "specjax_gumbel"
+COMMIT, GUMBEL, BELOW = "specjax_commit", "specjax_gumbel", "specjax_below"
 _SYMBOLS = {
     LINEAR: "SpecjaxLinear",
     ATTENTION: "SpecjaxAttention",
     COMMIT: "SpecjaxCommit",
     GUMBEL: "SpecjaxGumbel",
+    BELOW: "SpecjaxBelow",
 }
 
 _log = logging.getLogger(__name__)
