@@ -6,8 +6,10 @@
 Every repeat decodes every prompt with one method after another, so that a machine that slows down
 slows all of them; figures are medians over repeats, speed-ups medians of each repeat's ratio to the
 first method, plain decoding in the same engine. Decoding after the prompt, the prompt itself and
-compilation are timed apart. Acceptance is counted in another pass, off the clock. Writes
-results.json, results.md and results.png into `config.output`.
+compilation are timed apart. Acceptance is counted in another pass, off the clock, and the pairs of
+methods in `config.comparisons` are compared prompt by prompt. A method's `formula`, a function of
+`theory`, tells what to expect of its first drafted token. Writes results.json, results.md and
+results.png into `config.output`.
 """
 
 import json
@@ -26,9 +28,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from specjax import checkpoints, engine, metrics, plots, prompts, sampling, scripts
+from specjax import checkpoints, engine, metrics, plots, prompts, sampling, scripts, theory
 from specjax.build import build, mentions
-from specjax.types import Array, DecodeState, Params
+from specjax.types import Array, DecodeState, Params, Proposal
 
 
 class Method(NamedTuple):
@@ -36,7 +38,7 @@ class Method(NamedTuple):
 
     name: str
     temperatures: tuple[float, ...]
-    about: dict[str, Any]  # drafter, verifier, lossless, and more for the record
+    about: dict[str, Any]  # drafter, verifier, what they promise, and more for the record
     run: Callable[[prompts.Batch, float], metrics.Timing]
     measure: Callable[[Sequence[prompts.Batch], float], dict[str, Any]]  # off the clock
     compiles: bool
@@ -68,6 +70,13 @@ def run(c: ConfigDict) -> list[dict[str, Any]]:
             raise ValueError(
                 f"Temperature {temperature} has no baseline; the first method, "
                 f"{methods[0].name!r}, must list it."
+            )
+    pairs = [tuple(pair) for pair in c.get("comparisons", ())]
+    for pair in pairs:
+        if not any(set(pair) <= {m.name for m in group if m.compiles} for _, group in groups):
+            raise ValueError(
+                f"Comparison {pair} does not name two methods of this engine at one temperature; "
+                f"there are {', '.join(m.name for m in methods if m.compiles)}."
             )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     left = TimeRemainingColumn()
@@ -104,6 +113,7 @@ def run(c: ConfigDict) -> list[dict[str, Any]]:
                 record |= acceptance[method.name]
                 record["seconds_compile"] = compiled.get(method.name)
                 records.append(record)
+            _compare(pairs, records[-len(group) :])
     _write(c, records, console)
     return records
 
@@ -117,7 +127,8 @@ def _methods(
         if "peer" in spec:
             paths = {"target_directory": c.target, "draft_directory": c.draft}
             peer = build({**spec.peer, **paths, "batches": batches})
-            about = {"drafter": peer.drafter, "verifier": "transformers", "lossless": True}
+            about = {"drafter": peer.drafter, "verifier": "transformers"}
+            about |= {"lossless": True, "drafter_invariant": False}
             method = Method(name, tuple(spec.temperatures), about, peer.run, peer.measure, False)
         else:
             method = _engine_method(name, spec, models, batches, given, c.seed)
@@ -136,6 +147,8 @@ def _engine_method(
     """A drafter and a verifier under `engine.decoder`."""
     drafter, verifier = build(spec.drafter, **given), build(spec.verifier, **given)
     decoder = engine.decoder(models.target, drafter, verifier, eos_ids=models.eos_ids)
+    law, num_nodes, depth = decoder.proposal
+    formula = _formula(name, spec, decoder.proposal)
     drafts = mentions(spec.drafter, "draft")
     params = Params(models.target_params, models.draft_params if drafts else ())
     max_length = prompts.max_length(batches)
@@ -168,17 +181,42 @@ def _engine_method(
             metrics.measure(decoder, params, prefill(batch, temperature), max_length)[1]
             for batch in batches
         ]
-        return metrics.summary(jax.tree.map(lambda *x: np.concatenate(x), *counted))
+        figures = metrics.summary(jax.tree.map(lambda *x: np.concatenate(x), *counted))
+        if formula:
+            found = [
+                metrics.first_tokens(drafter, decoder, params, prefill(batch, temperature), formula)
+                for batch in batches
+            ]
+            joined = jax.tree.map(lambda *x: np.concatenate(x), *found)
+            figures["first_token"] = {"formula": spec.formula, **metrics.agreement(joined)}
+        return figures
 
     about = {
         "drafter": spec.drafter.call.split(".")[-1],
         "verifier": spec.verifier.call.split(".")[-1],
         "lossless": decoder.lossless,
-        "law": decoder.proposal.law,
-        "num_nodes": decoder.proposal.num_nodes,
-        "depth": decoder.proposal.depth,
+        "drafter_invariant": verifier.drafter_invariant,
+        "law": law,
+        "num_nodes": num_nodes,
+        "depth": depth,
     }
     return Method(name, tuple(spec.temperatures), about, once, measure, True)
+
+
+def _formula(name: str, spec: ConfigDict, proposal: Proposal) -> Callable | None:
+    """The function of `theory` that a method names, if it does."""
+    if "formula" not in spec:
+        return None
+    found = getattr(theory, spec.formula, None)
+    if found is None:
+        raise ValueError(f"Method {name!r} has formula {spec.formula!r}; theory has none of it.")
+    law, num_nodes, depth = proposal
+    if law not in ("chain", "coupled") or num_nodes != depth + 1:
+        raise ValueError(
+            f"Method {name!r} has formula {spec.formula!r} for the first token of a sampled chain, "
+            f"but it drafts {num_nodes} nodes of law {law!r}, {depth} deep."
+        )
+    return found
 
 
 def rng_keys(seed: int, which: np.ndarray) -> Array:
@@ -212,7 +250,7 @@ def _figures(
         return [row.tolist() for t in repeat for row in t.tokens]
 
     identical = None
-    if temperature == 0 or method.about["verifier"] == "match":
+    if temperature == 0 or method.about["drafter_invariant"]:
         identical = all(texts(repeat) == texts(baseline[0]) for repeat in timings)
     ratios = [rate(a) / rate(b) for a, b in zip(timings, baseline, strict=True)]
     return {
@@ -228,6 +266,15 @@ def _figures(
     }
 
 
+def _compare(pairs: Sequence[tuple[str, str]], records: Sequence[dict[str, Any]]) -> None:
+    """Notes in the records of one temperature by how much they exceed others, `mat_over`."""
+    of = {record["method"]: record for record in records}
+    for ours, theirs in pairs:
+        if ours in of and theirs in of:
+            over = of[ours].setdefault("mat_over", {})
+            over[theirs] = metrics.difference(of[ours], of[theirs])
+
+
 def _write(c: ConfigDict, records: list[dict[str, Any]], console: Console) -> None:
     """The same figures three times: for programs, for pages and for the terminal."""
     output = Path(c.output)
@@ -235,47 +282,100 @@ def _write(c: ConfigDict, records: list[dict[str, Any]], console: Console) -> No
     (output / "results.json").write_text(json.dumps(records, indent=1) + "\n")
     (output / "config.json").write_text(c.to_json_best_effort(indent=1) + "\n")
     plots.speedups(records, output / "results.png")
-
-    def number(value: float | None, digits: int = 2) -> str:
-        return "-" if value is None else f"{value:.{digits}f}"
-
-    answer = {None: "-", True: "yes", False: "NO"}
-    columns = {
-        "T": lambda r: f"{r['temperature']:g}",
-        "method": lambda r: r["method"] + ("" if r["lossless"] else " (lossy)"),
-        "verifier": lambda r: r["verifier"],
-        "tok/s": lambda r: number(r["tokens_per_second"], 1),
-        "speed-up": lambda r: number(r["speedup"]),
-        "per pass": lambda r: number(r["mat"]),
-        "accepted": lambda r: number(r["acceptance_rate"]),
-        "same": lambda r: answer[r["identical"]],
-        "prompt": lambda r: number(r["seconds_prefill"]),
-        "compile": lambda r: number(r["seconds_compile"], 1),
-    }
-    rows = [[cell(record) for cell in columns.values()] for record in records]
     batch_size, repeats = c.batch_size, c.repeats
     title = (
         f"{records[0]['num_prompts']} prompts, {records[0]['tokens']} new tokens, batch "
         f"{batch_size}, medians of {repeats} interleaved repeats, {jax.devices()[0].device_kind}, "
         f"jax {jax.__version__}"
     )
-    legend = (
-        "per pass: tokens per target pass; accepted: share of drafted tokens; same: the tokens of "
-        "plain decoding; prompt, compile: seconds apart from tok/s, tokens per second"
-    )
-    lines = [title, "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows] + ["", legend]
-    (output / "results.md").write_text("\n".join(lines) + "\n")
-    shown = [i for i, name in enumerate(columns) if name != "verifier"]  # it would not fit
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i in shown:
-        table.add_column(list(columns)[i], justify="left" if i == 1 else "right")
-    for i, row in enumerate(rows):
-        last = i + 1 < len(rows) and records[i]["temperature"] != records[i + 1]["temperature"]
-        table.add_row(*(row[j] for j in shown), end_section=last)
     console.print(title, highlight=False)
-    console.print(table)
+    lines = [title]
+    for rows, legend in (_speeds(records), _differences(records), _first_tokens(records)):
+        if not rows:
+            continue
+        lines += ["", "| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
+        lines += ["| " + " | ".join(row.values()) + " |" for row in rows] + ["", legend]
+        shown = [name for name in rows[0] if name != "verifier"]  # it would not fit
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for name in shown:
+            table.add_column(name, justify="left" if name in ("method", "over") else "right")
+        for i, row in enumerate(rows):
+            last = i + 1 < len(rows) and row["T"] != rows[i + 1]["T"]
+            table.add_row(*(row[name] for name in shown), end_section=last)
+        console.print(table)
+    (output / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     console.print(f"Written to {output}: results.json, results.md, results.png", highlight=False)
+
+
+def _speeds(records: Sequence[dict[str, Any]]) -> tuple[list[dict[str, str]], str]:
+    """The table of all methods, each row by column, and its legend."""
+    answer = {None: "-", True: "yes", False: "NO"}
+    rows = [
+        {
+            "T": f"{r['temperature']:g}",
+            "method": r["method"] + ("" if r["lossless"] else " (lossy)"),
+            "verifier": r["verifier"],
+            "tok/s": _number(r["tokens_per_second"], 1),
+            "speed-up": _number(r["speedup"]),
+            "per pass": _within(r["mat"], r.get("mat_interval")),
+            "accepted": _number(r["acceptance_rate"]),
+            "same": answer[r["identical"]],
+            "prompt": _number(r["seconds_prefill"]),
+            "compile": _number(r["seconds_compile"], 1),
+        }
+        for r in records
+    ]
+    legend = (
+        "per pass: tokens per target pass, with 95 % intervals; accepted: share of drafted tokens; "
+        "same: the tokens of plain decoding; prompt, compile: seconds apart from tok/s, tokens per "
+        "second"
+    )
+    return rows, legend
+
+
+def _differences(records: Sequence[dict[str, Any]]) -> tuple[list[dict[str, str]], str]:
+    """The table of compared pairs, likewise."""
+    rows = [
+        {
+            "T": f"{r['temperature']:g}",
+            "method": r["method"],
+            "over": other,
+            "more per pass": _within(found["difference"], found["interval"], 3),
+        }
+        for r in records
+        for other, found in r.get("mat_over", {}).items()
+    ]
+    return rows, "more per pass: tokens per target pass, prompt by prompt, with 95 % intervals"
+
+
+def _first_tokens(records: Sequence[dict[str, Any]]) -> tuple[list[dict[str, str]], str]:
+    """The table of formulas and what came of them, likewise."""
+    rows = [
+        {
+            "T": f"{r['temperature']:g}",
+            "method": r["method"],
+            "formula": r["first_token"]["formula"],
+            "expected": _number(r["first_token"]["expected"], 3),
+            "accepted": _number(r["first_token"]["accepted"], 3),
+            "difference": _within(r["first_token"]["difference"], r["first_token"]["interval"], 3),
+        }
+        for r in records
+        if "first_token" in r
+    ]
+    legend = (
+        "expected: chance of the first drafted token by the formula, mean of all steps; accepted: "
+        "share of the same steps that kept it; the difference with 95 % intervals"
+    )
+    return rows, legend
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _within(value: float | None, interval: Sequence[float] | None, digits: int = 2) -> str:
+    half = (interval[1] - interval[0]) / 2 if interval else 0.0
+    return _number(value, digits) + (f" ± {half:.{digits}f}" if half else "")
 
 
 if __name__ == "__main__":

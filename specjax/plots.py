@@ -1,5 +1,6 @@
 """Bars for benchmark records."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,17 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 
 _COLOURS = ("#35618f", "#c8702a", "#4c8c57", "#8a4f7d")
 
 
 def speedups(records: Sequence[dict[str, Any]], path: str | Path) -> None:
     """Speed-up and tokens per target pass by method, grouped by temperature; lossy ones hatched.
+
+    Tokens per pass with their intervals, where a record has one.
 
     Args:
         records: in the order to draw; `decode/benchmark.py` says what one holds.
@@ -34,7 +38,17 @@ def speedups(records: Sequence[dict[str, Any]], path: str | Path) -> None:
 
     def draw(axes: Axes, name: str, title: str) -> None:
         values = [r[name] or 0.0 for r in records]
-        bars = axes.barh(place, values, 0.78, color=colours, edgecolor="white")
+        intervals = [r.get(f"{name}_interval") for r in records]
+        ends = np.array([found or (v, v) for found, v in zip(intervals, values, strict=True)]).T
+        bars = axes.barh(
+            place,
+            values,
+            0.78,
+            color=colours,
+            edgecolor="white",
+            xerr=np.abs(ends - values),
+            error_kw={"ecolor": "0.25", "elinewidth": 1.2},
+        )
         for bar, record in zip(bars, records, strict=True):
             if not record["lossless"]:
                 bar.set_hatch("///")
@@ -42,7 +56,7 @@ def speedups(records: Sequence[dict[str, Any]], path: str | Path) -> None:
         box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
         axes.bar_label(bars, labels, padding=4, fontsize=9, bbox=box)
         axes.axvline(1.0, color="0.35", linewidth=0.9, linestyle="--", zorder=1.5)
-        axes.set_xlim(0, 1.15 * max([*values, 1.0]))
+        axes.set_xlim(0, 1.15 * max(ends.max(), 1.0))
         axes.set_title(title, fontsize=11)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(axis="y", length=0)
@@ -58,5 +72,53 @@ def speedups(records: Sequence[dict[str, Any]], path: str | Path) -> None:
     if not all(r["lossless"] for r in records):
         handles.append(Patch(facecolor="0.7", edgecolor="white", hatch="///", label="lossy"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+_ROUNDING = 1e-18  # a total variation of 0 is drawn as this
+
+
+def distances(records: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """Total variations of rules by proposals, a panel for each dtype: refusals grey, failures red.
+
+    Args:
+        records: in the order to draw; `decode/certify.py` says what one holds.
+        path: the image to write.
+    """
+    dtypes, rules, proposals = (
+        list(dict.fromkeys(r[name] for r in records)) for name in ("dtype", "rule", "proposal")
+    )
+    size = (2.6 + 0.75 * len(rules) * len(dtypes), 1.7 + 0.34 * len(proposals))
+    figure, panels = plt.subplots(
+        1, len(dtypes), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    shades = plt.get_cmap("GnBu")
+    for axes, dtype in zip(panels[0], dtypes, strict=True):
+        for record in records:
+            if record["dtype"] != dtype:
+                continue
+            x, y = rules.index(record["rule"]), proposals.index(record["proposal"])
+            distance = record["figures"].get("total_variation")
+            power = None if distance is None else math.log10(max(distance, _ROUNDING))
+            colour: Any
+            if record["outcome"] == "refused":
+                colour, ink, text = "0.9", "0.45", "refused"
+            elif record["outcome"] == "failed" or power is None:
+                colour, ink = "#b3322c", "white"
+                text = "FAIL" if power is None else f"FAIL {power:.0f}"
+            else:
+                depth = 0.1 + 0.6 * (power + 18) / 12  # from 1e-18 to 1e-6
+                colour, ink, text = shades(min(max(depth, 0.1), 0.7)), "0.1", f"{power:.1f}"
+            axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, edgecolor="white"))
+            axes.text(x, y, text, color=ink, fontsize=8, ha="center", va="center")
+        axes.set_xlim(-0.5, len(rules) - 0.5)
+        axes.set_ylim(len(proposals) - 0.5, -0.5)
+        axes.set_xticks(range(len(rules)), rules)
+        axes.set_yticks(range(len(proposals)), proposals)
+        axes.tick_params(length=0, labelsize=9)
+        axes.spines[:].set_visible(False)
+        axes.set_title(dtype, fontsize=11)
+    figure.suptitle("Total variation from the target's law, log10", fontsize=11)
     figure.savefig(path, dpi=150)
     plt.close(figure)
