@@ -89,35 +89,22 @@ class Enumerator:
         states = jax.tree.map(np.array, _keyless(state))
         bench.probe(lambda states: advance(states, each), _take(states, np.zeros(_ROWS, int)))
         shared_by_rows = bench.drawn_by_several_rows()
-        start = _Frontier(np.ones(1), np.zeros(1, np.int64), _Cells.none(1))
+        weight, cells = np.ones(1), _Cells.none(1)
         finished: list[tuple[DecodeState, np.ndarray]] = []
         expected_tokens: list[float] = []
         reused: set[str] = set()
         num_rows = 0
         for _ in range(num_steps):
-            length = states.context.length[start.state]
-            run = bench.follow(advance, states, start)
+            run, read_again = bench.advance(advance, states, weight, cells)
+            reused |= bench.private(cells, read_again) | bench.private(run.cells, run.again)
             num_rows += len(run.weight)
-            gained = run.states.context.length - length[run.origin]
-            expected_tokens.append(float((run.weight * gained).sum()))
-            reused |= bench.private(run.cells, run.again)
+            expected_tokens.append(float((run.weight * run.gained).sum()))
             ended = run.states.done
             finished.append(_take((run.states, run.weight), ended))
             states, weight, cells = _take((run.states, run.weight, run.cells), ~ended)
             if not len(weight):
                 break
-            first, group = _distinct(_visible(states))
-            states = _take(states, first)
-            # Cells of numbers that the next step reads again keep rows apart.
-            read = bench.probe(advance, states)[group]
-            again = (cells.ids[:, :, None] == read[:, None]).any(-1) & (cells.ids > 0)
-            reused |= bench.private(cells, again)
-            cells = cells.only(again)
-            first, merged = _distinct(np.concatenate([_bytes(group), cells.bytes()], 1))
-            total = np.bincount(merged, weight, len(first))
-            start = _Frontier(total, group[first], _take(cells, first))
-        else:
-            finished.append((_take(states, start.state), start.weight))
+        finished.append((states, weight))
         texts: dict[tuple[int, ...], float] = {}
         for states, weight in finished:
             context = states.context
@@ -207,7 +194,7 @@ class _Run(NamedTuple):
 
     states: DecodeState  # [R, ...]
     weight: np.ndarray  # [R]
-    origin: np.ndarray  # [R], row of the frontier
+    gained: np.ndarray  # [R], tokens
     cells: _Cells
     again: np.ndarray  # [R, W] bool, drawn from twice within the step
 
@@ -233,6 +220,35 @@ class _Bench:
 
     # ---------------------------------------------------------------------- what rows go through
 
+    def advance(
+        self,
+        advance: Callable[[DecodeState], DecodeState],
+        states: DecodeState,
+        weight: np.ndarray,
+        cells: _Cells,
+    ) -> tuple[_Run, np.ndarray]:
+        """One step of rows [R], those in the same state together.
+
+        Returns:
+            All outcomes, and which of the rows' numbers [R, W] the step reads again: their cells
+            keep rows apart. What a step reads is known after a look, and for certain after it.
+        """
+        first, group = _distinct(_visible(states))
+        states = _take(states, first)
+        read = self.probe(advance, states)[group]
+        again = (cells.ids[:, :, None] == read[:, None]).any(-1) & (cells.ids > 0)
+        while True:
+            kept = cells.only(again)
+            first, merged = _distinct(np.concatenate([_bytes(group), kept.bytes()], 1))
+            total = np.bincount(merged, weight, len(first))
+            run = self.follow(advance, states, _Frontier(total, group[first], _take(kept, first)))
+            shared = self._sites.index("shared") if "shared" in self._sites else -1
+            dropped = np.unique(cells.ids[~again & (cells.site != shared) & (cells.ids > 0)])
+            missed = np.intersect1d(dropped, run.cells.ids)
+            if not len(missed):
+                return run, again
+            again |= np.isin(cells.ids, missed)
+
     def follow(
         self,
         advance: Callable[[DecodeState], DecodeState],
@@ -255,8 +271,10 @@ class _Bench:
             after, others = self._run(advance, _take(states, start.state[origin]), cells)
             pending += [(origin[rows], cells) for rows, cells in others]
             weight = start.weight[origin] * self._cells.length()[:count] / before[origin]
+            length = np.asarray(states.context.length)[start.state[origin]]
             cells, again = _take((self._cells, self._again), slice(count))
-            runs.append(_Run(after, weight, origin, cells, again))
+            gained = np.asarray(after.context.length) - length
+            runs.append(_Run(after, weight, gained, cells, again))
         width = max(run.cells.ids.shape[1] for run in runs)
         padded = [
             run._replace(
