@@ -2,8 +2,8 @@
 
     python decode/certify.py --config=configs/certify.py
 
-About MEASURE minutes on two CPU cores. Expect every check to pass: total variations of 1e-7 or less
-in float32 and of 1e-14 or less in float64.
+About a quarter of an hour on two CPU cores. Expect every check to pass: total variations of 1e-7 or
+less in float32 and of 1e-14 or less in float64.
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,7 @@
 
 About 2 minutes on two CPU cores. No rule should cost more than its bound: `match` 5 % of the
 pass at temperature 0 and 15 % above, the others 8 % for point masses and chains and 15 % for
-sampled trees.
+sampled trees. Expect 2 and 4 % from `match`, 8 from `gbv` and at most 3 from the others.
 """
 
 from ml_collections import ConfigDict

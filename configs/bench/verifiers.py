@@ -1,7 +1,9 @@
 """How much every lossless rule accepts of the demo pair's drafts at temperature 1.
 
-python decode/benchmark.py --config=configs/bench/verifiers.py
+    python decode/benchmark.py --config=configs/bench/verifiers.py
 
+About a quarter of an hour on two CPU cores. Expect block above rejection on chains, traversal above
+rejection on trees, and the first token of each chain accepted as often as its formula says.
 """
 
 from ml_collections import ConfigDict
