@@ -298,7 +298,8 @@ def _write(c: ConfigDict, records: list[dict[str, Any]], console: Console) -> No
         shown = [name for name in rows[0] if name != "verifier"]  # it would not fit
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for name in shown:
-            table.add_column(name, justify="left" if name in ("method", "over") else "right")
+            is_name = name in ("method", "over")
+            table.add_column(name, justify="left" if is_name else "right", no_wrap=not is_name)
         for i, row in enumerate(rows):
             last = i + 1 < len(rows) and row["T"] != rows[i + 1]["T"]
             table.add_row(*(row[name] for name in shown), end_section=last)
@@ -375,7 +376,8 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 def _within(value: float | None, interval: Sequence[float] | None, digits: int = 2) -> str:
     half = (interval[1] - interval[0]) / 2 if interval else 0.0
-    return _number(value, digits) + (f" ± {half:.{digits}f}" if half else "")
+    error = f" ± {half:.{digits}f}".replace(" 0.", " .")
+    return _number(value, digits) + (error if half else "")
 
 
 if __name__ == "__main__":

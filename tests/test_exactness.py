@@ -51,8 +51,14 @@ RULES = {rule.__name__: rule for rule in (match, rejection, block, traversal, ks
 
 @pytest.fixture(autouse=True)
 def _forget_programs() -> Iterator[None]:
+    """Now and then: small operations of the next test are compiled already."""
     yield
-    jax.clear_caches()
+    _FINISHED.append(None)
+    if len(_FINISHED) % 8 == 0:
+        jax.clear_caches()
+
+
+_FINISHED: list[None] = []
 
 
 def declared(rule: str, proposal: str) -> bool:
@@ -60,6 +66,16 @@ def declared(rule: str, proposal: str) -> bool:
 
 
 PAIRS = [(r, p) for r in RULES for p in PROPOSALS if declared(r, p)]
+# What each rule is made for, and the corners; the others take as long again, and longer.
+QUICK = {
+    "match": ("without replacement", "coupled"),
+    "rejection": ("chain", "siblings", "without replacement", "exhausted support", "coupled"),
+    "block": ("chain", "chain of points"),
+    "traversal": ("chain", "paths, merged", "without replacement", "point beside siblings"),
+    "kseq": ("siblings",),
+    "gbv": ("paths",),
+    "hybrid": ("hybrid",),
+}
 REFUSED = [(r, p) for r in RULES for p in PROPOSALS if not declared(r, p)]
 
 
@@ -72,7 +88,10 @@ def enumerated(rule: str, proposal: str, dtype: jnp.dtype) -> exactness.Check:
     return exactness.enumeration(proposing(proposal, RULES[rule]()), pair)
 
 
-@pytest.mark.parametrize(("rule", "proposal"), PAIRS)
+@pytest.mark.parametrize(
+    ("rule", "proposal"),
+    [pytest.param(r, p, marks=() if p in QUICK[r] else pytest.mark.slow) for r, p in PAIRS],
+)
 def test_rules_are_exact(rule: str, proposal: str) -> None:
     check = enumerated(rule, proposal, jnp.float32)
     assert check.passed, check.verdict
@@ -159,19 +178,20 @@ PUBLISHED = {  # drafted tokens: accepted by the token rule, by the block rule (
 }
 
 
-@pytest.mark.parametrize("num_tokens", PUBLISHED)
-def test_published_acceptance(num_tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("num_tokens", "rule"),
+    [
+        pytest.param(n, r, marks=() if n == 2 or r in ("rejection", "block") else pytest.mark.slow)
+        for n in PUBLISHED
+        for r in ("rejection", "kseq", "block", "traversal", "gbv")
+    ],
+)
+def test_published_acceptance(num_tokens: int, rule: str) -> None:
     pair = free_of_context(np.array([1, 2]) / 3, np.array([2, 1]) / 3)
-    for rule, expected in {
-        "rejection": PUBLISHED[num_tokens][0],
-        "kseq": PUBLISHED[num_tokens][0],
-        "block": PUBLISHED[num_tokens][1],
-        "traversal": PUBLISHED[num_tokens][1],
-        "gbv": PUBLISHED[num_tokens][1],
-    }.items():
-        run = enumerator(rule, grow.chain(num_tokens, grow.without_replacement()), 2)
-        found = run(pair, 1, num_tokens + 1)
-        assert found.expected_tokens[0] - 1 == pytest.approx(expected, abs=1e-5), rule
+    run = enumerator(rule, grow.chain(num_tokens, grow.without_replacement()), 2)
+    found = run(pair, 1, num_tokens + 1)
+    expected = PUBLISHED[num_tokens][rule not in ("rejection", "kseq")]
+    assert found.expected_tokens[0] - 1 == pytest.approx(expected, abs=1e-5)
 
 
 def test_rules_coincide_on_a_chain() -> None:
@@ -192,7 +212,7 @@ def test_rules_coincide_on_a_chain() -> None:
         assert gained["block"] > gained["rejection"] > gained["match"]
 
 
-@pytest.mark.parametrize("num_drafts", [2, 3])
+@pytest.mark.parametrize("num_drafts", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_no_rule_beats_the_bound_on_independent_siblings(num_drafts: int) -> None:
     """And each accepts as often as its formula says."""
     build = grow.paths(num_drafts, 1, grow.independent())
@@ -577,7 +597,7 @@ def test_nan_logits_are_reported() -> None:
 
 def test_faultless_rules_pass_the_same_way() -> None:
     """The faults above are the faults', not the trees'."""
-    for parents, rule in ((CHAIN, rejection), (CHAIN, block), (TREE, traversal), (STAR, rejection)):
+    for parents, rule in ((TREE, traversal), (STAR, rejection)):
         check = exactness.enumeration(choosing(WOR, parents, rule), tabular_pair(3))
         assert check.passed, check.verdict
 
