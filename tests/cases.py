@@ -52,12 +52,12 @@ def independent_model(build: grow.Builder) -> Callable[[], Drafter]:
 TREE = (-1, 0, 0, 1, 1, 2, 3)  # depth 3, uneven
 IID, WOR = grow.independent(), grow.without_replacement()
 BUILDERS: dict[str, tuple[grow.Builder, tuple[Callable[[], Verifier], ...]]] = {
-    "chain best": (grow.chain(3, grow.best()), (match, rejection, block)),
-    "chain without_replacement": (grow.chain(3, WOR), (match, rejection, block, traversal)),
+    "chain best": (grow.chain(3, grow.best()), (match, rejection)),
+    "chain without_replacement": (grow.chain(3, WOR), (match, rejection, block)),
     "chain coupled": (grow.chain(3, grow.coupled()), (match, rejection)),
-    "tree best": (grow.static(TREE, grow.best()), (match, rejection, traversal)),
+    "tree best": (grow.static(TREE, grow.best()), (match, rejection)),
     "tree without_replacement": (grow.static(TREE, WOR), (match, rejection, traversal)),
-    "tree independent": (grow.static(TREE, IID), (match, rejection, kseq)),
+    "tree independent": (grow.static(TREE, IID), (rejection, kseq)),
     "tree hybrid": (grow.static(TREE, grow.hybrid()), (hybrid,)),
     "paths": (grow.paths(2, 3, IID), (kseq, gbv)),
     "paths merged": (grow.merged(grow.paths(2, 3, IID)), (rejection, traversal)),

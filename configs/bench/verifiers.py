@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
         compare(f"chain {length}", demo.chain("independent", length), "block")
     compare("tree", demo.tree("without_replacement", TREE), "traversal")
     compare("siblings", demo.tree("independent", TREE), "kseq", "traversal")
-    compare("paths", paths(), "kseq", "traversal", "gbv")
+    compare("paths", paths(), "traversal", "gbv")
     compare("merged", merged(paths()), "traversal")
     compare("hybrid", demo.tree("hybrid", TREE), "hybrid")
     c.methods["match coupled 5"] = method(demo.chain("coupled", 5), "match")

@@ -1,1 +1,1 @@
-"""The few operations whose speed decides everything: products, attention, cache writes, noise."""
+"""The few operations whose speed decides everything: products, attention, commits, noise, order."""
