@@ -104,7 +104,7 @@ def test_rules_are_exact(rule: str, proposal: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("rule", "proposal"), PAIRS)
 def test_rules_are_exact_in_float64(rule: str, proposal: str) -> None:
-    with jax.enable_x64(True):
+    with exactness.float64():
         check = enumerated(rule, proposal, jnp.float64)
     assert check.passed, check.verdict
     assert check.figures["total_variation"] < 1e-12
