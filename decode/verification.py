@@ -33,7 +33,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 from jax import lax
 from ml_collections import ConfigDict
 from rich import box
@@ -41,7 +40,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from specjax import sampling, scripts, trees
+from specjax import plots, sampling, scripts, trees
 from specjax.build import build
 from specjax.drafters.grow import Builder
 from specjax.models.transformer import TransformerConfig, transformer
@@ -54,10 +53,6 @@ from specjax.types import (
     Params,
     Verifier,
 )
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 
 _PASS = "target"
 _SCALES = (1.1, 3.0)  # of the target's logits; the larger, the surer it is of the next token
@@ -409,27 +404,9 @@ def _write(
         table.add_row(*cells, style="" if r["share"] <= r["bound"] else "red")
         lines.append("| " + " | ".join(cells) + " |")
     (output / "results.md").write_text("\n".join(lines) + "\n")
-    _draw(records, output / "results.png")
+    plots.costs(records, output / "results.png")
     console.print(title, highlight=False)
     console.print(table)
-
-
-def _draw(records: list[dict[str, Any]], path: Path) -> None:
-    """A bar for each rule's share of the pass, a stroke at its bound."""
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.3 * len(records)), layout="constrained")
-    place = range(len(records))
-    bars = axes.barh(place, [100 * r["share"] for r in records], 0.7, color="#35618f")
-    axes.bar_label(bars, [f"{r['microseconds']:.0f} us" for r in records], padding=4, fontsize=8)
-    bounds = [100 * r["bound"] for r in records]
-    axes.scatter(bounds, place, s=140, marker="|", color="#c8702a", linewidths=2, label="bound")
-    axes.set_yticks(place, [r["case"] for r in records])
-    axes.invert_yaxis()
-    axes.set_xlabel("% of one target pass")
-    axes.set_xlim(0, 1.15 * max([*bounds, *(100 * r["share"] for r in records)]))
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

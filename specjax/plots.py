@@ -1,4 +1,4 @@
-"""Bars for benchmark records."""
+"""Pictures of what the scripts of `decode/` find."""
 
 import math
 from collections.abc import Sequence
@@ -120,5 +120,28 @@ def distances(records: Sequence[dict[str, Any]], path: str | Path) -> None:
         axes.spines[:].set_visible(False)
         axes.set_title(dtype, fontsize=11)
     figure.suptitle("Total variation from the target's law, log10", fontsize=11)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def costs(records: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """A bar for each rule's share of a target pass, a stroke at its bound.
+
+    Args:
+        records: in the order to draw; `decode/verification.py` says what one holds.
+        path: the image to write.
+    """
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.3 * len(records)), layout="constrained")
+    place = range(len(records))
+    shares, bounds = ([100 * r[name] for r in records] for name in ("share", "bound"))
+    bars = axes.barh(place, shares, 0.7, color=_COLOURS[0])
+    axes.bar_label(bars, [f"{r['microseconds']:.0f} us" for r in records], padding=4, fontsize=8)
+    axes.scatter(bounds, place, 140, _COLOURS[1], marker="|", linewidths=2, label="bound")
+    axes.set_yticks(place, [r["case"] for r in records])
+    axes.invert_yaxis()
+    axes.set_xlabel("% of one target pass")
+    axes.set_xlim(0, 1.15 * max(bounds + shares))
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.legend(loc="outside lower center", frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)

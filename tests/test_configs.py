@@ -12,7 +12,7 @@ import pytest
 from directories import ROOT, save_model
 from ml_collections import ConfigDict
 
-from decode import benchmark, generate, profile
+from decode import benchmark, generate, profile, verification
 from specjax import engine
 from specjax.build import build
 from specjax.models.transformer import TransformerConfig, transformer
@@ -38,7 +38,9 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def shrink_drafter(drafter: ConfigDict) -> None:
-    build = drafter.get("build", drafter)
+    build = drafter
+    while "build" in build:  # a drafter's, and what `merged` joins
+        build = build.build
     if "parents" in build:
         build.parents = (-1, 0, 0, 1)
     elif "num_tokens" in build:
@@ -68,6 +70,9 @@ def test_a_config_loads_and_says_how_to_run_it(name: str) -> None:
 
 def test_demo(directories: tuple[str, str], tmp_path: Path) -> None:
     c = shrink(load("configs/bench/demo.py").get_config(), directories, tmp_path)
+    pair = ("coupled chain", "sampled chain")
+    c.comparisons = (pair,)
+    c.methods["coupled chain"].formula = "coupled_acceptance"
     records = benchmark.run(c)
     wanted = [(n, t) for t in c.temperatures for n, m in c.methods.items() if t in m.temperatures]
     assert [(r["method"], r["temperature"]) for r in records] == wanted
@@ -83,6 +88,36 @@ def test_demo(directories: tuple[str, str], tmp_path: Path) -> None:
         if record["method"] == "none":
             assert record["speedup"] == record["mat"] == 1
             assert record["acceptance_rate"] is None
+        assert ("mat_over" in record) == ("first_token" in record) == (record["method"] == pair[0])
+    assert json.loads((tmp_path / "results.json").read_text()) == records
+    page = (tmp_path / "results.md").read_text()
+    assert page.count("\n| ") == len(records) + 8, "three tables, two of them of one row"
+    assert page.count("| coupled chain |") == 3
+    assert (tmp_path / "results.png").stat().st_size > 1000
+
+
+def test_verifiers(directories: tuple[str, str], tmp_path: Path) -> None:
+    """`test_demo` runs what this one adds to the demo; here all methods can be built."""
+    c = shrink(load("configs/bench/verifiers.py").get_config(), directories, tmp_path)
+    target = draft = transformer(TransformerConfig(**TINY))
+    for method in c.methods.values():
+        drafter, verifier = build(method.drafter, draft=draft), build(method.verifier)
+        assert engine.decoder(target, drafter, verifier).lossless
+    assert {name for pair in c.comparisons for name in pair} | {"none"} == set(c.methods)
+
+
+def test_verification(tmp_path: Path) -> None:
+    c = load("configs/bench/verification.py").get_config()
+    for case in c.cases.values():
+        proposal = build(c.proposals[case.proposal]).proposal
+        assert set(proposal.laws) & set(build(case.verifier).laws)
+    assert {case.proposal for case in c.cases.values()} == set(c.proposals)
+    c.target.update(TINY)
+    c.update(output=str(tmp_path), repeats=1, seconds=0.001, num_drafts=1, max_length=256)
+    c.cases = {name: c.cases[name] for name in ("match, greedy", "rejection, chain")}
+    records = verification.run(c)
+    assert [r["case"] for r in records] == list(c.cases)
+    assert all(r["microseconds"] > 0 and 1 <= r["tokens"] <= 6 for r in records)
     assert json.loads((tmp_path / "results.json").read_text()) == records
     assert (tmp_path / "results.md").read_text().count("\n| ") == len(records) + 2
     assert (tmp_path / "results.png").stat().st_size > 1000
