@@ -2,7 +2,7 @@
 
     python decode/certify.py --config=configs/certify.py
 
-About a quarter of an hour on two CPU cores. Expect every check to pass: total variations of 1e-7 or
+About 13 minutes on two CPU cores. Expect every check to pass: total variations of 1e-7 or
 less in float32 and of 1e-14 or less in float64.
 """
 

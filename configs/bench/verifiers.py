@@ -2,7 +2,7 @@
 
     python decode/benchmark.py --config=configs/bench/verifiers.py
 
-About a quarter of an hour on two CPU cores. Expect more tokens per pass than rejection from block
+About 17 minutes on two CPU cores. Expect more tokens per pass than rejection from block
 on chains of 3, 5 and 8 (.10, .23 and .44 more), from traversal on every tree (.18 to .26), from gbv
 on paths (.25) and from hybrid on its own drafts (.09), each by more than the interval; and the
 first token of both chains of 5 accepted as often as its formula says. kseq gains on paths (.12) but
