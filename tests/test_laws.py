@@ -20,6 +20,7 @@ from specjax.conformance import ROWS, SLOTS, Batch, Program
 from specjax.drafters import grow
 from specjax.drafters.model import model
 from specjax.drafters.none import none
+from specjax.enumeration import history
 from specjax.kernels import native
 from specjax.laboratory import Check, Pair, Parts
 from specjax.models.transformer import TransformerConfig, transformer
@@ -366,12 +367,6 @@ def test_forcing_a_prompt_equals_forcing_its_tokens(kind: str) -> None:
 
 def known(state: DecodeState) -> list[np.ndarray]:
     """Every array of a state, without randomness and with zeros for garbage."""
-
-    def history(x: Array, length: Array, axis: int) -> Array:
-        keep = jnp.arange(x.shape[axis]) < length[:, None]
-        return jnp.where(
-            keep.reshape(keep.shape[0], *[1] * (axis - 1), -1, *[1] * (x.ndim - axis - 1)), x, 0
-        )
 
     def clean(node: Any) -> Any:
         if not isinstance(node, Cache):
