@@ -154,7 +154,7 @@ def float64() -> Iterator[None]:
     `jax.enable_x64` would hold in this thread alone, and the laboratory's draws are made in others,
     where laws would be rounded to float32 on their way.
     """
-    before = jax.enable_x64.value
+    before = jax.config.read("jax_enable_x64")
     jax.config.update("jax_enable_x64", True)
     try:
         yield
