@@ -366,7 +366,7 @@ def cached_history(program: Program, tolerance: float = 1e-3) -> Check:
             lengths &= bool((old.length == new.length)[short].all())
             for x, y in zip(old.keys + old.values, new.keys + new.values, strict=True):
                 apart = history(x, new.length, 2) - history(y, new.length, 2)
-                worst = max(worst, float(abs(apart[short]).max(initial=0)))
+                worst = float(np.maximum(worst, abs(apart[short]).max(initial=0)))  # NaN stays
         count = int(short.sum())
         verdict = f"largest difference {worst:.1e} in {len(fresh.caches)} caches of {count} rows"
         if not lengths:
@@ -395,7 +395,7 @@ def bfloat16_margin(factory: Factory, spacings: float = 8.0) -> Check:
         written = np.take_along_axis(logits, tokens[:, 1:, None], 2)[..., 0]
         at = np.arange(1, SLOTS)
         new = (at >= batch.prompt_length[:, None]) & (at < length[:, None])
-        differs = (logits.max(-1) > written) & new
+        differs = ~(written >= logits.max(-1)) & new  # NaN differs
         first = differs & (differs.cumsum(1) == 1)
         margin = np.where(first, logits.max(-1) - written, 0.0)
         spacing = 2.0 ** (np.floor(np.log2(np.maximum(abs(logits).max(-1), 1e-3))) - 7)

@@ -16,20 +16,15 @@ from ml_collections import ConfigDict
 from configs import certify as certify_config
 from configs.bench import demo
 from decode import certify
-from specjax import exactness, laboratory, sampling
+from specjax import exactness, laboratory
 from specjax.drafters import grow
 from specjax.laboratory import PROPOSALS, Check, Factory, Pair, Proposing, tabular_pair
 from specjax.types import (
     Array,
-    Context,
     Draft,
-    Keys,
-    ModelOutput,
-    Params,
     Verdict,
     Verifier,
 )
-from specjax.verifiers.rejection import rejection
 
 BLOCK, HYBRID, REJECTION = map(certify_config.rule, ("block", "hybrid", "rejection"))
 
@@ -62,27 +57,6 @@ def failure(c: ConfigDict) -> tuple[str, dict[str, Any]]:
 
 
 # ------------------------------------------------------------------------------------ rules to try
-
-
-def lying() -> Verifier:
-    """Speculative sampling that draws its last token from p, rejected or not."""
-    rule = rejection()
-
-    def verify(
-        params: Params,
-        rng_keys: Keys,
-        context: Context,
-        draft: Draft,
-        output: ModelOutput,
-        warped: Array,
-    ) -> Verdict:
-        verdict = rule.verify(params, rng_keys, context, draft, output, warped)
-        last = verdict.num_nodes[:, None, None] - 1
-        p = jnp.take_along_axis(warped, last, 1)[:, 0]
-        token = sampling.categorical(rng_keys, context, "lying.next", p)
-        return verdict.replace(next_token=token)
-
-    return Verifier(verify, ("chain",))
 
 
 def raising() -> Verifier:
@@ -194,7 +168,8 @@ def test_what_was_found_survives_an_interruption(
 
 
 def test_a_lying_rule_fails(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    line, certificate = failure(config(tmp_path, rules={"mine": here("lying")}))
+    rules = {"mine": {"call": "faults.without_residual"}}
+    line, certificate = failure(config(tmp_path, rules=rules))
     assert line == "not certified: mine on chain in float32"
     assert certificate["failed"] == ["mine on chain in float32"]
     (record,) = certificate["rules"]

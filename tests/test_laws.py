@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CASES, EOS_ID, TREE, VOCAB_SIZE, Case, draft_model, target
+from faults import instead, misreported, without_residual
 
 from specjax import cache as caches
 from specjax import conformance, engine, testing
@@ -24,21 +25,16 @@ from specjax.enumeration import history
 from specjax.kernels import native
 from specjax.laboratory import Check, Pair, Parts
 from specjax.models.transformer import TransformerConfig, transformer
-from specjax.sampling import categorical, sampling
+from specjax.sampling import sampling
 from specjax.types import (
     Array,
     Cache,
-    Context,
     Decoder,
     DecodeState,
-    Draft,
-    Keys,
     Model,
-    ModelOutput,
     Params,
     PyTree,
     Sampling,
-    Verdict,
     Verifier,
 )
 from specjax.verifiers.match import match
@@ -121,42 +117,13 @@ def test_laws_are_uneven_and_truncated() -> None:
         assert 0.3 < abs(p - q).sum() / 2 < 0.9
 
 
-def misreported(choose: grow.Choose) -> grow.Choose:
-    """Draws at twice the temperature that it reports."""
-
-    def draw(
-        rng_keys: Keys, context: Context, depth: int, logits: Array, k: int
-    ) -> tuple[Array, Array]:
-        tokens, _ = choose.draw(rng_keys, context, depth, logits / 2, k)
-        return tokens, choose.draw(rng_keys, context, depth, logits, k)[1]
-
-    return grow.Choose(draw, choose.law)
-
-
-def without_residual() -> Verifier:
-    """After a rejection draws from p instead of what is left of it."""
-
-    def verify(
-        params: Params,
-        rng_keys: Keys,
-        context: Context,
-        draft: Draft,
-        output: ModelOutput,
-        warped: Array,
-    ) -> Verdict:
-        verdict = rejection().verify(params, rng_keys, context, draft, output, warped)
-        last = jnp.take_along_axis(verdict.path, verdict.num_nodes[:, None] - 1, 1)
-        p = jnp.take_along_axis(warped, last[..., None], 1)[:, 0]
-        return verdict.replace(next_token=categorical(rng_keys, context, "fault", p))
-
-    return Verifier(verify, ("chain",))
-
-
 @pytest.mark.parametrize("fault", ["misreported probs", "no residual"])
 def test_sampling_finds_faults(fault: str) -> None:
     """Enumeration finds them all, `test_exactness.py`; these the statistical test has to find."""
     choose = grow.without_replacement()
-    build = grow.chain(1, misreported(choose) if fault == "misreported probs" else choose)
+    if fault == "misreported probs":
+        choose = instead(choose, misreported)
+    build = grow.chain(1, choose)
     rule = without_residual if fault == "no residual" else rejection
     faulty = Program(fault, lambda pair: Parts(model(pair.draft, build), pair.draft_params, rule()))
     assert not conformance.sampled_law(faulty, len(CASES), QUICK_ROWS).passed
@@ -194,6 +161,26 @@ def test_rows_are_independent(program: Program) -> None:
 
 def test_caches_hold_what_a_prefill_would(program: Program) -> None:
     assert passes(conformance.cached_history(program))["rows"] > 100
+
+
+@pytest.mark.parametrize("wrong", [np.nan, 1.0])
+@pytest.mark.parametrize(
+    "program",
+    [pytest.param("none/match", marks=pytest.mark.xdist_group("none/match"))],
+    indirect=True,
+)
+def test_a_wrong_cache_is_found(
+    program: Program, wrong: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoilt(cache: Cache) -> Cache:
+        keys = cache.keys[0].copy()
+        keys[:, :, 0] += wrong
+        return cache.replace(keys=(keys, *cache.keys[1:]))
+
+    result = program.result
+    caches = [spoilt(cache) for cache in result.caches]
+    monkeypatch.setattr(program, "result", result._replace(caches=caches))
+    assert not conformance.cached_history(program).passed
 
 
 @pytest.mark.parametrize("name", ["lookup/rejection", "model tree without_replacement/rejection"])
