@@ -23,7 +23,7 @@ from specjax.drafters.model import model
 from specjax.drafters.none import none
 from specjax.enumeration import history
 from specjax.kernels import native
-from specjax.laboratory import Check, Pair, Parts
+from specjax.laboratory import Check, Pair, Parts, transformer_pair
 from specjax.models.transformer import TransformerConfig, transformer
 from specjax.sampling import sampling
 from specjax.types import (
@@ -181,6 +181,18 @@ def test_a_wrong_cache_is_found(
     caches = [spoilt(cache) for cache in result.caches]
     monkeypatch.setattr(program, "result", result._replace(caches=caches))
     assert not conformance.cached_history(program).passed
+
+
+def test_bfloat16_leaves_the_argmax_loop_by_rounding_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = parts_of(CASES["none/match"])
+    figures = passes(conformance.bfloat16_margin(case))
+    assert 0 < figures["different_rows"] < ROWS // 8
+    assert figures["in_spacings"] > 0
+    pair = transformer_pair(dtype=jnp.bfloat16)
+    nothing = pair._replace(target_params=jax.tree.map(lambda x: x * np.nan, pair.target_params))
+    monkeypatch.setattr(conformance, "transformer_pair", lambda dtype: nothing)
+    assert not conformance.bfloat16_margin(case).passed
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize("name", ["lookup/rejection", "model tree without_replacement/rejection"])
