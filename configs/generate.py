@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     c = ConfigDict()
     c.target = "checkpoints/target"  # Hugging Face directories
     c.draft = ""
-    c.dtype = "float32"  # or "bfloat16"
+    c.dtype = "auto"  # or "float32", "bfloat16"
     c.prompt = ""  # or standard input
     c.prompts = ""  # a file: a prompt per line, or .jsonl with "prompt"
     c.batch_size = 8  # prompts at once

@@ -3,15 +3,17 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import tokenizers as hf_tokenizers
 
 from specjax.data import tokenizers
+from specjax.kernels import native
 from specjax.models import hf
 from specjax.models.transformer import transformer
-from specjax.types import Model, PyTree
+from specjax.types import Array, Model, PyTree
 
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_DTYPES = {"auto": jnp.float32, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 class Checkpoints(NamedTuple):
@@ -26,27 +28,29 @@ class Checkpoints(NamedTuple):
     draft_params: PyTree  # () where there is no draft
 
 
-def load(target: str | Path, draft: str | Path = "", dtype: str = "float32") -> Checkpoints:
+def load(target: str | Path, draft: str | Path = "", dtype: str = "auto") -> Checkpoints:
     """Reads Hugging Face directories.
 
     Args:
         target: its tokenizer.json and special ids are used.
         draft: may be empty.
-        dtype: "float32" or "bfloat16", of weights, activations and caches.
+        dtype: "float32" or "bfloat16", of weights, activations and caches; "auto" is float32, but
+            keeps weights that are stored in bfloat16 so where the CPU's kernels read them: all
+            values are the same, and half as many bytes move.
 
     Raises:
         ValueError: a directory that cannot be read, another dtype, vocabularies that differ.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}; need one of {', '.join(_DTYPES)}.")
+    kind = _DTYPES[dtype]
     if not target:
         raise ValueError("No target was given; need --config.target=DIRECTORY.")
     hf.load_config(target)  # says what is wrong with a directory better than its tokenizer can
     if draft:
         hf.check_same_vocabulary(target, draft)
     tokenizer = tokenizers.load(target)
-    kind = _DTYPES[dtype]
-    found = hf.load(target, kind)
+    found = _read(target, dtype)
     if tokenizer.get_vocab_size() > found.config.vocab_size:
         raise ValueError(
             f"{target} has {tokenizer.get_vocab_size()} tokens in tokenizer.json but a model of "
@@ -55,7 +59,7 @@ def load(target: str | Path, draft: str | Path = "", dtype: str = "float32") -> 
     context = found.config.max_position_embeddings
     draft_model, draft_params = None, ()
     if draft:
-        drafted = hf.load(draft, kind)
+        drafted = _read(draft, dtype)
         context = min(context, drafted.config.max_position_embeddings)
         draft_model, draft_params = transformer(drafted.config, kind), drafted.params
     return Checkpoints(
@@ -67,3 +71,18 @@ def load(target: str | Path, draft: str | Path = "", dtype: str = "float32") -> 
         draft_model,
         draft_params,
     )
+
+
+def _read(directory: str | Path, dtype: str) -> hf.Checkpoint:
+    if dtype != "auto":
+        return hf.load(directory, _DTYPES[dtype])
+    stored = hf.stored_dtype(directory)
+    served = jax.default_backend() == "cpu" and native.available()
+    if stored != jnp.bfloat16 or not served:
+        return hf.load(directory, jnp.float32)
+    found = hf.load(directory, stored)
+
+    def widen(x: Array) -> Array:  # what is no matrix is too small to matter
+        return x if x.ndim > 1 else x.astype(jnp.float32)
+
+    return found._replace(params=jax.tree.map(widen, found.params))

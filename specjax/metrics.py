@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from specjax.sampling import softmax
+from specjax.kernels.vocabulary import softmax
 from specjax.types import Array, Decoder, DecodeState, Drafter, Params, StepInfo
 
 _QUANTILE = 1.96  # of the normal law: 2.5 % lie above

@@ -15,10 +15,10 @@ from jax import lax
 from numpy.typing import ArrayLike
 
 from specjax.kernels import noise
+from specjax.kernels.vocabulary import argmax
 from specjax.types import Array, Context, Draws, Keys, Sampling
 
 _SHARED, _PRIVATE = 0, 1
-_HALVINGS = 5
 
 
 # ------------------------------------------------------------------------ what a row asks for
@@ -59,43 +59,6 @@ def sampling(
         rows("top_p", top_p, 0, 1, jnp.float32),
         rows("min_p", min_p, 0, 1, jnp.float32),
     )
-
-
-def peak(x: Array) -> Array:
-    """The largest entry, [..., V] -> [..., 1]."""
-    return lax.platform_dependent(x, cpu=_peak_by_halves, default=_peak)
-
-
-def _peak(x: Array) -> Array:
-    return x.max(-1, keepdims=True)
-
-
-def _peak_by_halves(x: Array) -> Array:
-    """Compares halves with each other first, a simple loop.
-
-    For a long reduction of several rows XLA on CPU wakes threads, which takes ten times as long as
-    the reduction.
-    """
-    for _ in range(_HALVINGS):
-        if x.shape[-1] % 2:
-            break
-        x = jnp.maximum(*jnp.split(x, 2, -1))
-    return _peak(x)
-
-
-def argmax(x: Array) -> Array:
-    """The lowest id of the largest entry, [..., V] -> [...] int32.
-
-    Two plain reductions, which XLA on CPU vectorises; its own argmax it does not.
-    """
-    ids = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
-    return jnp.where(x == peak(x), ids, x.shape[-1]).min(-1)
-
-
-def softmax(log_weights: Array) -> Array:
-    """The law of log-weights [..., V] that are not all -inf: `jax.nn.softmax` by way of `peak`."""
-    mass = jnp.exp(log_weights - peak(log_weights))
-    return mass / mass.sum(-1, keepdims=True)
 
 
 def warp(logits: Array, sampling: Sampling) -> Array:
@@ -180,7 +143,7 @@ def _noise(site: str, keys: Array, shape: tuple[int, ...]) -> Array:
 
 def _pick(noise: Array, log_weights: Array, turn: int) -> Array:
     del turn
-    return argmax(log_weights + noise)
+    return argmax(log_weights, noise)
 
 
 RANDOM = Draws(_bernoulli, _noise, _pick)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from specjax.drafters import grow
-from specjax.sampling import categorical, sampling, softmax
+from specjax.kernels.vocabulary import softmax
+from specjax.sampling import categorical, sampling
 from specjax.types import Array, Context, Draft, Keys, Verdict, Verifier
 from specjax.verifiers.block import block
 from specjax.verifiers.rejection import rejection

@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
     c = ConfigDict()
     c.target = "checkpoints/target"
     c.draft = "checkpoints/draft"
-    c.dtype = "float32"
+    c.dtype = "auto"
     c.output = "runs/demo"
     c.prompts = ""  # a file of prompts; "" takes windows of held-out standard library text
     c.num_prompts = 16

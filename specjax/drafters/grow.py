@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax import trees
-from specjax.sampling import argmax, pick, private_noise, shared_noise, softmax, warp
+from specjax.kernels.vocabulary import argmax, softmax
+from specjax.sampling import pick, private_noise, shared_noise, warp
 from specjax.types import Array, Context, Draft, Keys, Proposal
 
 

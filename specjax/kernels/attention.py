@@ -1,13 +1,16 @@
 """Attention of a few new tokens over [committed prefix | block], under any tree mask."""
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
 
 from specjax.kernels import native
 from specjax.types import Array
-
-FEW_ROWS = 32  # the kernel's; more are a prompt's or training's, which XLA's products serve well
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
@@ -34,37 +37,56 @@ def attend(
 ) -> tuple[Array, Array, Array]:
     """Rotary softmax attention over the prefix's history and the block, the new tokens last in it.
 
-    On CPU, up to `FEW_ROWS` float32 tokens go through a kernel that reads only the slots in use.
+    On CPU up to `native.FEW_ROWS` tokens go through a kernel that reads only the slots in use. Each
+    row sums over the keys it sees in order of their positions, so a token's result does not depend
+    on how much of its history is in the prefix already. Keys and values of the block have the
+    prefix's type, all sums are float32.
 
     Args:
         queries: [B, N, Q, H], before rotation; Q is a multiple of K, consecutive ones share a key.
         keys, values: [B, N, K, H], before rotation.
         cos, sin: [B, N, H / 2] float32.
         mask: [B, N, M] bool, which block slots each query sees.
-        prefix: keys and values [B, K, S, H], S may be 0, and the number of slots in use [B] int32.
-        block: keys and values [B, K, M - N, H] of earlier nodes.
+        prefix: keys and values [B, K, S, H], float32 or bfloat16, S may be 0, and the number of
+            slots in use [B] int32.
+        block: keys and values [B, K, M - N, H] of earlier nodes, of the prefix's type.
 
     Returns:
         The mixed values [B, N, Q, H] and the block's keys and values [B, K, M, H].
     """
     b, n, k, h = keys.shape
+    kind = prefix[0].dtype
     if block is None:
-        block = (jnp.zeros((b, k, 0, h), keys.dtype), jnp.zeros((b, k, 0, h), values.dtype))
+        block = (jnp.zeros((b, k, 0, h), kind), jnp.zeros((b, k, 0, h), kind))
     arrays = (queries, keys, values, cos, sin, mask, *prefix, *block)
-    float32 = all(x.dtype == jnp.float32 for x in (queries, prefix[0], block[0]))
-    if n <= FEW_ROWS and prefix[0].shape[2] > 0 and float32 and native.available():
-        return lax.platform_dependent(*arrays, cpu=_few_rows, default=_two_products)
-    return _two_products(*arrays)
+    stored = {x.dtype for x in (*prefix[:2], *block)}
+    served = stored in ({jnp.dtype(jnp.float32)}, {jnp.dtype(jnp.bfloat16)})
+    if n > native.FEW_ROWS or not prefix[0].shape[2] or not served or not native.available():
+        return _two_products(*arrays)
+
+    def kernel(*arrays: Array) -> tuple[Array, Array, Array]:
+        news = (x.astype(jnp.float32) for x in arrays[:3])
+        mixed, keys, values = _few_rows(*news, *arrays[3:])
+        return mixed.astype(queries.dtype), keys, values
+
+    return lax.platform_dependent(*arrays, cpu=kernel, default=_two_products)
 
 
 @jax.custom_vjp
 def _few_rows(*arrays: Array) -> tuple[Array, Array, Array]:
-    queries, keys, mask = arrays[0], arrays[1], arrays[5]
-    b, _, k, h = keys.shape
-    block = jax.ShapeDtypeStruct((b, k, mask.shape[2], h), jnp.float32)
-    results = (jax.ShapeDtypeStruct(queries.shape, jnp.float32), block, block)
-    call = jax.ffi.ffi_call(native.ATTENTION, results, vmap_method="sequential")
-    mixed, block_keys, block_values = call(*arrays)
+    """The kernel, whose batch takes in what `vmap` adds."""
+    kernel = custom_vmap(_sharded)
+
+    @kernel.def_vmap
+    def rule(size: int, batched: list[bool], *arrays: Array) -> tuple[Any, tuple[bool, ...]]:
+        def merged(x: Array, is_batched: bool) -> Array:
+            x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        results = kernel(*map(merged, arrays, batched))
+        return tuple(x.reshape(size, -1, *x.shape[1:]) for x in results), (True,) * 3
+
+    mixed, block_keys, block_values = kernel(*arrays)
     return mixed, block_keys, block_values
 
 
@@ -77,6 +99,37 @@ def _backward(arrays: tuple[Array, ...], d_results: tuple[Array, ...]) -> tuple[
 
 
 _few_rows.defvjp(_forward, _backward)
+
+
+# One word for each axis of the kernel's operands and results; devices may share b and heads.
+_OPERANDS = (
+    *("b n heads g h", "b n heads h", "b n heads h", "b n half", "b n half", "b n m"),
+    *("b heads s h", "b heads s h", "b", "b heads earlier h", "b heads earlier h"),
+)
+_RESULTS = ("b n heads g h", "b heads m h", "b heads m h")
+_WHOLE = "n g h half m s earlier"
+
+
+def _sharded(*arrays: Array) -> tuple[Array, Array, Array]:
+    kernel = custom_partitioning(_kernel)
+    kernel.def_partition(
+        partition=partial(native.partition, _kernel, _OPERANDS, _RESULTS, _WHOLE),
+        sharding_rule=f"{', '.join(_OPERANDS)} -> {', '.join(_RESULTS)}",
+        need_replication_factors=tuple(_WHOLE.split()),
+    )
+    b, n, k, h = arrays[1].shape
+    mixed, block_keys, block_values = kernel(arrays[0].reshape(b, n, k, -1, h), *arrays[1:])
+    return mixed.reshape(b, n, -1, h), block_keys, block_values
+
+
+def _kernel(*arrays: Array) -> tuple[Array, Array, Array]:
+    """Queries and mixed values are [B, N, K, Q / K, H] here."""
+    queries, keys, mask = arrays[0], arrays[1], arrays[5]
+    b, _, k, h = keys.shape
+    block = jax.ShapeDtypeStruct((b, k, mask.shape[2], h), arrays[6].dtype)
+    results = (jax.ShapeDtypeStruct(queries.shape, jnp.float32), block, block)
+    mixed, block_keys, block_values = jax.ffi.ffi_call(native.ATTENTION, results)(*arrays)
+    return mixed, block_keys, block_values
 
 
 def _two_products(
@@ -98,16 +151,17 @@ def _two_products(
     """
     b, n, k, h = keys.shape
     g, s = queries.shape[2] // k, prefix_keys.shape[2]
-    keys = rotate(keys, cos, sin).swapaxes(1, 2)
+    stored = prefix_keys.dtype  # both kinds of keys: where a token lies must not matter
+    kind = jnp.promote_types(queries.dtype, stored)
+    keys = rotate(keys, cos, sin).swapaxes(1, 2).astype(stored)
     keys = jnp.concatenate([block_keys, keys], 2)
-    values = jnp.concatenate([block_values, values.swapaxes(1, 2)], 2)
+    values = jnp.concatenate([block_values, values.swapaxes(1, 2).astype(stored)], 2)
     q = (rotate(queries, cos, sin) * h**-0.5).reshape(b, n, k, g, h)
     q = q.transpose(0, 2, 3, 1, 4).reshape(b, k, g * n, h)
 
     def scores(keys: Array) -> Array:
-        x = jnp.einsum(
-            "bkqh,bksh->bkqs", q.astype(keys.dtype), keys, preferred_element_type=jnp.float32
-        )
+        keys = keys.astype(kind)
+        x = jnp.einsum("bkqh,bksh->bkqs", q.astype(kind), keys, preferred_element_type=jnp.float32)
         return x.reshape(b, k, g, n, -1)
 
     seen = jnp.arange(s, dtype=jnp.int32) < prefix_length[:, None]  # [B, S]
@@ -120,7 +174,8 @@ def _two_products(
     total = prefix.sum(-1, keepdims=True) + block.sum(-1, keepdims=True)
 
     def mix(weights: Array, values: Array) -> Array:
-        weights = weights.reshape(b, k, g * n, -1).astype(values.dtype)
+        weights = weights.reshape(b, k, g * n, -1).astype(kind)
+        values = values.astype(kind)
         return jnp.einsum("bkqs,bksh->bkqh", weights, values, preferred_element_type=jnp.float32)
 
     out = mix(prefix, prefix_values) + mix(block, values)

@@ -1,59 +1,279 @@
-"""The one matrix product behind every projection of every model and head."""
+"""The one matrix product behind every projection of every model and head.
 
+On CPU a few rows go through a kernel that reads the weights once, whatever the number of rows, in
+the type they are stored in. There a row's result does not depend on the other rows.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.struct as struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
 
 from specjax.kernels import native
 from specjax.types import Array
 
-# XLA on CPU multiplies two rows in two to four times the time of one; beyond these many it is no
-# slower than the kernel.
-FEW_ROWS = 32
+
+@struct.dataclass
+class Int8:
+    """Weights [out, in] of eight bits, each row of them times its own scale."""
+
+    values: Array  # [out, in] int8
+    scales: Array  # [out] float32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.values.dtype
 
 
-def linear(x: Array, w: Array, dtype: jnp.dtype | None = None) -> Array:
+Weights = Array | Int8
+
+
+class RMSNorm(NamedTuple):
+    """Root mean square normalisation (arXiv 1910.07467), computed in float32."""
+
+    weight: Array  # [in]
+    eps: float
+
+    def __call__(self, x: Array) -> Array:
+        y = x.astype(jnp.float32)
+        y = y * lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+        return (y * self.weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def quantize(w: Array) -> Int8:
+    """The nearest multiples of each row's largest magnitude / 127."""
+    w = w.astype(jnp.float32)
+    scales = jnp.abs(w).max(-1) / 127
+    values = jnp.round(w / jnp.where(scales > 0, scales, 1)[:, None])
+    return Int8(values.astype(jnp.int8), scales)
+
+
+def linear(
+    x: Array,
+    w: Weights,
+    dtype: jnp.dtype | None = None,
+    *,
+    norm: RMSNorm | None = None,
+    residual: Array | None = None,
+) -> Array:
     """Multiplies rows by a weight matrix stored as [out, in], Hugging Face's own layout.
 
-    The product runs in the weights' precision and accumulates in float32. On CPU, up to `FEW_ROWS`
-    float32 rows go through a kernel whose result for a row does not depend on the other rows.
+    Sums are float32, and so are rows beside weights of fewer bits, unless the rows have as few.
 
     Args:
-        x: [..., in].
-        w: [out, in].
+        x: [..., in], float32 or bfloat16.
+        w: [out, in], float32, bfloat16 or `Int8`.
         dtype: of the result; by default that of `x`.
+        norm: applied to x first.
+        residual: [..., out], added to the product.
 
     Returns:
         [..., out].
+
+    Raises:
+        ValueError: inner dimensions that differ, other dtypes.
     """
-    rows = x.astype(w.dtype).reshape(-1, x.shape[-1])
-    few = rows.shape[0] <= FEW_ROWS and w.dtype == jnp.float32
-    if few and native.available():
-        y = lax.platform_dependent(rows, w, cpu=_few_rows, default=_dot)
+    (y,) = _apply(x, (w,), norm, residual, False, dtype)
+    return y
+
+
+def linears(x: Array, ws: tuple[Weights, ...], norm: RMSNorm | None = None) -> tuple[Array, ...]:
+    """Multiplies the same rows by several matrices [out_i, in], to [..., out_i] each."""
+    return _apply(x, ws, norm, None, False, None)
+
+
+def gated(x: Array, gate: Weights, up: Weights, norm: RMSNorm | None = None) -> Array:
+    """silu(x gate^T) * (x up^T), [..., out], the inner half of arXiv 2002.05202."""
+    (y,) = _apply(x, (gate, up), norm, None, True, None)
+    return y
+
+
+class _Static(NamedTuple):
+    """What a call is, beside its arrays."""
+
+    gated: bool
+    eps: float
+
+
+def _apply(
+    x: Array,
+    ws: tuple[Weights, ...],
+    norm: RMSNorm | None,
+    residual: Array | None,
+    is_gated: bool,
+    dtype: jnp.dtype | None,
+) -> tuple[Array, ...]:
+    _check(x, ws, norm, residual, is_gated)
+    result = x.dtype if dtype is None else dtype
+    num_rows = math.prod(x.shape[:-1])
+    rows = x.reshape(num_rows, x.shape[-1])
+    gains = None if norm is None else norm.weight
+    if residual is not None:
+        residual = residual.reshape(num_rows, residual.shape[-1])
+    static = _Static(is_gated, 0.0 if norm is None else norm.eps)
+    plain = partial(_plain, static)
+    if num_rows <= native.few_rows(ws[0].dtype):
+        operands = [None if a is None else a.astype(jnp.float32) for a in (rows, gains, residual)]
+        kernel = partial(_few_rows, static)
+        ys = lax.platform_dependent(*operands, ws, cpu=kernel, default=plain)
     else:
-        y = _dot(rows, w)
-    y = y.reshape(*x.shape[:-1], w.shape[0])
-    return y.astype(x.dtype if dtype is None else dtype)
+        ys = plain(rows, gains, residual, ws)
+    return tuple(y.reshape(*x.shape[:-1], y.shape[-1]).astype(result) for y in ys)
 
 
-def _dot(x: Array, w: Array) -> Array:
+def _check(
+    x: Array,
+    ws: tuple[Weights, ...],
+    norm: RMSNorm | None,
+    residual: Array | None,
+    is_gated: bool,
+) -> None:
+    floats = (jnp.float32, jnp.bfloat16)
+    for w in ws:
+        both = f"Rows {x.shape} of {x.dtype} and weights {w.shape} of {w.dtype}"
+        if len(w.shape) != 2 or not x.ndim or x.shape[-1] != w.shape[1]:
+            raise ValueError(f"{both} cannot be multiplied; need [..., in] and [out, in].")
+        allowed = (jnp.int8,) if isinstance(w, Int8) else floats
+        if w.dtype not in allowed or x.dtype not in floats:
+            raise ValueError(
+                f"{both}; need float32 or bfloat16 rows, and float32, bfloat16 or Int8 weights."
+            )
+        if isinstance(w, Int8) and (w.scales.shape, w.scales.dtype) != (w.shape[:1], jnp.float32):
+            raise ValueError(
+                f"Int8 values {w.shape} have scales {w.scales.shape} of {w.scales.dtype}; need "
+                f"{w.shape[:1]} of float32."
+            )
+        if w.dtype != ws[0].dtype or (is_gated and w.shape != ws[0].shape):
+            raise ValueError(
+                f"Weights {ws[0].shape} of {ws[0].dtype} and {w.shape} of {w.dtype} multiply the "
+                f"same rows; need one dtype{' and shape' if is_gated else ''}."
+            )
+    if norm is not None and norm.weight.shape != x.shape[-1:]:
+        raise ValueError(f"Rows {x.shape} have a norm of {norm.weight.shape}; need {x.shape[-1:]}.")
+    wanted = (*x.shape[:-1], ws[0].shape[0])
+    if residual is not None and residual.shape != wanted:
+        raise ValueError(f"The product is {wanted}, its residual {residual.shape}; need the same.")
+
+
+def _plain(
+    static: _Static,
+    x: Array,
+    gains: Array | None,
+    residual: Array | None,
+    ws: tuple[Weights, ...],
+) -> tuple[Array, ...]:
+    """The same in XLA's own operations."""
+    if gains is not None:
+        x = RMSNorm(gains, static.eps)(x)
+    ys = tuple(_dot(x, w) for w in ws)
+    if static.gated:
+        ys = (jax.nn.silu(ys[0]) * ys[1],)
+    if residual is not None:
+        ys = (ys[0] + residual,)
+    return ys
+
+
+def _dot(x: Array, w: Weights) -> Array:
+    if isinstance(w, Int8):
+        return _dot(x, w.values.astype(x.dtype)) * w.scales
+    kind = jnp.promote_types(x.dtype, w.dtype)
     contract_last = (((1,), (1,)), ((), ()))
-    return lax.dot_general(x, w, contract_last, preferred_element_type=jnp.float32)
+    return lax.dot_general(
+        x.astype(kind), w.astype(kind), contract_last, preferred_element_type=jnp.float32
+    )
 
 
-@jax.custom_vjp
-def _few_rows(x: Array, w: Array) -> Array:
-    result = jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), jnp.float32)
-    return jax.ffi.ffi_call(native.LINEAR, result, vmap_method="sequential")(x, w)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _few_rows(
+    static: _Static,
+    x: Array,
+    gains: Array | None,
+    residual: Array | None,
+    ws: tuple[Weights, ...],
+) -> tuple[Array, ...]:
+    """The kernel, for all rows at once under `vmap` and for a device's own under sharding."""
+    kernel = custom_vmap(partial(_sharded, static))
+
+    @kernel.def_vmap
+    def rule(size: int, batched: Any, *operands: Any) -> tuple[tuple[Array, ...], Any]:
+        x, gains, residual, ws = operands
+        of_rows, of_gains, of_residual, of_ws = batched
+        several = (True,) * (1 if static.gated else len(ws))
+        if any(jax.tree.leaves((of_gains, of_ws))):
+            axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched)
+            return jax.vmap(partial(_plain, static), axes, axis_size=size)(*operands), several
+
+        def merged(a: Any, is_batched: Any) -> Any:
+            if a is None:
+                return None
+            a = a if is_batched else jnp.broadcast_to(a, (size, *a.shape))
+            return a.reshape(-1, a.shape[-1])
+
+        rows, residual = merged(x, of_rows), merged(residual, of_residual)
+        few = len(rows) <= native.few_rows(ws[0].dtype)
+        ys = kernel(rows, gains, residual, ws) if few else _plain(static, rows, gains, residual, ws)
+        return tuple(y.reshape(size, -1, y.shape[-1]) for y in ys), several
+
+    return kernel(x, gains, residual, ws)
 
 
-def _forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _few_rows(x, w), (x, w)
+def _forward(static: _Static, *operands: Any) -> tuple[tuple[Array, ...], Any]:
+    return _few_rows(static, *operands), operands
 
 
-def _backward(residual: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    x, w = residual
-    return dy @ w, dy.T @ x
+def _backward(static: _Static, operands: Any, d_results: tuple[Array, ...]) -> Any:
+    return jax.vjp(partial(_plain, static), *operands)[1](d_results)
 
 
 _few_rows.defvjp(_forward, _backward)
+
+
+def _sharded(static: _Static, *operands: Any) -> tuple[Array, ...]:
+    """Rows may lie on different devices, and so may the outputs of each matrix."""
+    flat, tree = jax.tree.flatten(operands)
+
+    def part(*flat: Array) -> tuple[Array, ...]:
+        return _kernel(static, *jax.tree.unflatten(tree, flat))
+
+    kernel = custom_partitioning(part)
+    _, gains, residual, ws = operands
+    factors = ["n" if static.gated else f"n{j}" for j in range(len(ws))]
+    arguments = ["m k"] + ["k"] * (gains is not None) + [f"m {factors[0]}"] * (residual is not None)
+    for factor, w in zip(factors, ws, strict=True):
+        arguments += [f"{factor} k"] + [factor] * isinstance(w, Int8)
+    results = [f"m {factor}" for factor in dict.fromkeys(factors)]
+    kernel.def_partition(
+        partition=partial(native.partition, part, arguments, results, "k"),
+        sharding_rule=f"{', '.join(arguments)} -> {', '.join(results)}",
+        need_replication_factors=("k",),
+    )
+    return kernel(*flat)
+
+
+def _kernel(
+    static: _Static,
+    x: Array,
+    gains: Array | None,
+    residual: Array | None,
+    ws: tuple[Weights, ...],
+) -> tuple[Array, ...]:
+    num_results = 1 if static.gated else len(ws)
+    results = [jax.ShapeDtypeStruct((len(x), w.shape[0]), jnp.float32) for w in ws[:num_results]]
+    call = jax.ffi.ffi_call(native.LINEAR, results)
+    nothing = jnp.zeros([0])
+    gains, residual = (nothing if a is None else a for a in (gains, residual))
+    matrices = [w.values if isinstance(w, Int8) else w for w in ws]
+    scales = [w.scales for w in ws if isinstance(w, Int8)]
+    eps = np.float32(static.eps)
+    return tuple(call(x, gains, residual, *matrices, *scales, gated=static.gated, eps=eps))

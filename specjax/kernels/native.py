@@ -5,6 +5,8 @@ and JAX version. Without a compiler, with `SPECJAX_CPU_KERNELS=0`, or after a fa
 own operations are used; the missing compiler and the failure are logged in one line.
 """
 
+import contextlib
+import contextvars
 import ctypes
 import functools
 import hashlib
@@ -14,28 +16,102 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 SOURCES = Path(__file__).parent / "cpu"
-FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-pthread", "-w")
+_NATIVE = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+FLAGS = ("-O3", _NATIVE, "-std=c++20", "-fPIC", "-pthread", "-w")
+FEW_ROWS, FEW_ROWS_ON_TILES = 32, 512
 LINEAR, ATTENTION = "specjax_linear", "specjax_attention"
 COMMIT, GUMBEL, BELOW = "specjax_commit", "specjax_gumbel", "specjax_below"
+ARGMAX, SOFTMAX = "specjax_argmax", "specjax_softmax"
 _SYMBOLS = {
     LINEAR: "SpecjaxLinear",
     ATTENTION: "SpecjaxAttention",
     COMMIT: "SpecjaxCommit",
     GUMBEL: "SpecjaxGumbel",
     BELOW: "SpecjaxBelow",
+    ARGMAX: "SpecjaxArgmax",
+    SOFTMAX: "SpecjaxSoftmax",
 }
 
 _log = logging.getLogger(__name__)
+_off = contextvars.ContextVar("off", default=False)
+
+
+def available() -> bool:
+    """Whether what is traced now may call the kernels; builds them at the first question."""
+    return not _off.get() and _registered()
+
+
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+    """What is traced within uses XLA's own operations, on CPU too."""
+    token = _off.set(True)
+    try:
+        yield
+    finally:
+        _off.reset(token)
+
+
+def few_rows(dtype: jnp.dtype) -> int:
+    """Rows up to which the products' kernel is used on CPU, by measurement, for weights of a dtype.
+
+    Beyond it XLA's product is no slower.
+    """
+    if not available():
+        return 0
+    if dtype == jnp.float32:
+        return FEW_ROWS
+    return FEW_ROWS_ON_TILES if _on_tiles() else FEW_ROWS
+
+
+def partition(
+    function: Callable,
+    arguments: Sequence[str],
+    results: Sequence[str],
+    whole: str,
+    mesh: Mesh,
+    arg_shapes: Sequence[Any],
+    result_shapes: Any,
+) -> tuple[Mesh, Callable, Any, Any]:
+    """How devices share a kernel's call: what `custom_partitioning` asks for.
+
+    Args:
+        function: the kernel, which each device calls with its own part.
+        arguments, results: one letter or word for each axis; equal ones are sharded alike.
+        whole: the axes that every device needs all of.
+    """
+    del result_shapes
+    axes: dict[str, Any] = dict.fromkeys(whole.split())
+
+    def taken(word: str, axis: Any) -> bool:  # by another word beside this one
+        beside = {other for o in (*arguments, *results) if word in o.split() for other in o.split()}
+        return any(axes.get(other) == axis for other in beside - {word})
+
+    for words, shape in zip(arguments, arg_shapes, strict=True):
+        spec = (*shape.sharding.spec, *[None] * len(shape.shape))
+        for word, axis in zip(words.split(), spec, strict=False):
+            if axis is not None and word not in axes and not taken(word, axis):
+                axes[word] = axis
+
+    def shardings(operands: Sequence[str]) -> tuple[NamedSharding, ...]:
+        specs = [PartitionSpec(*(axes.get(word) for word in o.split())) for o in operands]
+        return tuple(NamedSharding(mesh, spec) for spec in specs)
+
+    return mesh, function, shardings(results), shardings(arguments)
 
 
 @functools.cache
-def available() -> bool:
-    """Whether the kernels can be called; builds and registers them at the first question."""
+def _registered() -> bool:
+    """Builds and registers the kernels."""
     if os.environ.get("SPECJAX_CPU_KERNELS", "1") == "0":
         return False
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
@@ -43,21 +119,33 @@ def available() -> bool:
         _log.warning("No C++ compiler found; CPU decoding uses XLA's slower operations.")
         return False
     try:
-        library = ctypes.CDLL(str(_build(compiler)))
+        library = _library(compiler)
         for target, symbol in _SYMBOLS.items():
             capsule = jax.ffi.pycapsule(getattr(library, symbol))
             jax.ffi.register_ffi_target(target, capsule, platform="cpu")
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+    except (OSError, subprocess.SubprocessError, AttributeError, RuntimeError) as error:
         _log.warning("CPU kernels unavailable (%s); using XLA's slower operations.", error)
         return False
     return True
+
+
+@functools.cache
+def _on_tiles() -> bool:
+    """Whether this processor multiplies bfloat16 by tiles, and the system lets it."""
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    return compiler is not None and bool(_library(compiler).SpecjaxOnTiles())
+
+
+@functools.cache
+def _library(compiler: str) -> ctypes.CDLL:
+    return ctypes.CDLL(str(_build(compiler)))
 
 
 def _build(compiler: str) -> Path:
     """The path of the compiled library, built if it is not there yet."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specjax"
     key = hashlib.sha256()
-    for source in sorted(SOURCES.iterdir()):
+    for source in sorted([*SOURCES.glob("*.cc"), *SOURCES.glob("*.h")]):
         key.update(source.read_bytes())
     for part in (compiler, *FLAGS, jax.__version__, platform.machine(), _processor()):
         key.update(part.encode() + b"\0")
@@ -66,11 +154,22 @@ def _build(compiler: str) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             built = Path(scratch) / library.name
-            command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}"]
-            command += [*map(str, sorted(SOURCES.glob("*.cc"))), "-o", str(built)]
-            subprocess.run(command, check=True, capture_output=True, timeout=300)
+            include = f"-I{jax.ffi.include_dir()}"
+
+            def compile(source: Path) -> str:
+                target = str(Path(scratch) / f"{source.stem}.o")
+                _run(compiler, *FLAGS, include, "-c", str(source), "-o", target)
+                return target
+
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(compile, sorted(SOURCES.glob("*.cc"))))
+            _run(compiler, *FLAGS, "-shared", *objects, "-o", str(built))
             os.replace(built, library)  # atomic: nobody ever loads half a library
     return library
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
 
 
 def _processor() -> str:

@@ -92,6 +92,22 @@ def load_config(directory: str | Path) -> TransformerConfig:
     return hf_config.parse(hf_config.read_json(path), path)
 
 
+def stored_dtype(directory: str | Path) -> np.dtype | None:
+    """The type of all weights in a directory; None if they differ.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    directory = _readable(directory)
+    kinds = set()
+    for path in _weight_files(directory):
+        with _open(path) as file:
+            kinds |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+    name = names.get(kinds.pop()) if len(kinds) == 1 else None
+    return None if name is None else jnp.dtype(name)
+
+
 def load(directory: str | Path, dtype: DTypeLike | None = None) -> Checkpoint:
     """Reads config, weights and special ids, tensor by tensor.
 

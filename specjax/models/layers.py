@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax.kernels.attention import attend
-from specjax.kernels.linear import linear
+from specjax.kernels.linear import RMSNorm, gated, linear, linears
 from specjax.types import Array
 
 
@@ -55,22 +55,19 @@ def embed(table: Array, tokens: Array) -> Array:
     return jnp.concatenate(rows).reshape(*tokens.shape, table.shape[1])
 
 
-class RMSNorm(nn.Module):
-    """Root mean square normalisation (arXiv 1910.07467), computed in float32."""
+class Norm(nn.Module):
+    """The weights of an RMSNorm, which the products after it apply."""
 
     eps: float
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), self.dtype)
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
-        return (y * weight.astype(jnp.float32)).astype(x.dtype)
+    def __call__(self, width: int) -> RMSNorm:
+        return RMSNorm(self.param("weight", nn.initializers.ones, (width,), self.dtype), self.eps)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245) over a committed prefix and a block."""
+    """Grouped-query attention (arXiv 2305.13245) over a prefix and a block, added to x."""
 
     num_heads: int
     num_kv_heads: int
@@ -82,13 +79,14 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Array,  # [B, N, E]
+        norm: RMSNorm,  # of x, before the projections
         cos: Array,
         sin: Array,
         mask: Array,  # [B, N, M]
         prefix: tuple[Array, Array, Array],  # keys, values [B, K, S, H], length [B]
         block: tuple[Array, Array] | None,  # keys, values [B, K, M - N, H] of earlier nodes
     ) -> tuple[Array, Array, Array]:
-        """Returns the output [B, N, E] and the longer block's keys and values [B, K, M, H]."""
+        """Returns the sum [B, N, E] and the longer block's keys and values [B, K, M, H]."""
         b, n, width = x.shape
         k, h = self.num_kv_heads, self.head_dim
 
@@ -96,32 +94,29 @@ class Attention(nn.Module):
             init = nn.initializers.normal(std)
             return self.param(name, init, (rows, columns), self.dtype)
 
-        def heads(name: str, number: int) -> Array:
-            return linear(x, weight(name, number * h, width)).reshape(b, n, number, h)
-
-        queries, keys, values = (
-            heads("q_proj", self.num_heads),
-            heads("k_proj", k),
-            heads("v_proj", k),
+        projections = tuple(
+            weight(name, number * h, width)
+            for name, number in (("q_proj", self.num_heads), ("k_proj", k), ("v_proj", k))
         )
+        queries, keys, values = (y.reshape(b, n, -1, h) for y in linears(x, projections, norm))
         out, keys, values = attend(queries, keys, values, cos, sin, mask, prefix, block)
         out = out.reshape(b, n, self.num_heads * h)
-        out = linear(out, weight("o_proj", width, self.num_heads * h, self.out_std))
-        return out, keys, values
+        o_proj = weight("o_proj", width, self.num_heads * h, self.out_std)
+        return linear(out, o_proj, residual=x), keys, values
 
 
 class GatedMLP(nn.Module):
-    """SiLU-gated feed-forward layer (arXiv 2002.05202)."""
+    """SiLU-gated feed-forward layer (arXiv 2002.05202), added to x."""
 
     intermediate_size: int
     out_std: float
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, norm: RMSNorm) -> Array:
         width, inner = x.shape[-1], self.intermediate_size
         normal = nn.initializers.normal
         gate = self.param("gate_proj", normal(0.02), (inner, width), self.dtype)
         up = self.param("up_proj", normal(0.02), (inner, width), self.dtype)
         down = self.param("down_proj", normal(self.out_std), (width, inner), self.dtype)
-        return linear(jax.nn.silu(linear(x, gate)) * linear(x, up), down)
+        return linear(gated(x, gate, up, norm), down, residual=x)

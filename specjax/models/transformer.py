@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from specjax import cache as caches
-from specjax.kernels.linear import linear
+from specjax.kernels.linear import RMSNorm, linear
 from specjax.models import layers
 from specjax.types import Array, Block, Cache, Model, ModelOutput, PyTree
 
@@ -50,17 +50,16 @@ class DecoderLayer(nn.Module):
         c = self.config
         out_std = 0.02 / (2 * c.num_layers) ** 0.5  # keeps the residual's variance at init
 
-        def norm(name: str, x: Array) -> Array:
-            return layers.RMSNorm(c.rms_norm_eps, self.dtype, name=name)(x)
+        def norm(name: str) -> RMSNorm:
+            return layers.Norm(c.rms_norm_eps, self.dtype, name=name)(c.hidden_size)
 
         attention = layers.Attention(
             c.num_heads, c.num_kv_heads, c.head_dim, out_std, self.dtype, name="self_attn"
         )
         mlp = layers.GatedMLP(c.intermediate_size, out_std, self.dtype, name="mlp")
-        out, keys, values = attention(norm("input_layernorm", x), cos, sin, mask, prefix, block)
-        x = x + out
-        x = x + mlp(norm("post_attention_layernorm", x))
-        return x, keys, values
+        before, between = norm("input_layernorm"), norm("post_attention_layernorm")
+        x, keys, values = attention(x, before, cos, sin, mask, prefix, block)
+        return mlp(x, between), keys, values
 
 
 class Transformer(nn.Module):
@@ -87,7 +86,7 @@ class Transformer(nn.Module):
             jnp.where(tokens < 0, 0, positions),
             layers.rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling),
         )
-        x = layers.embed(embedding, tokens)
+        x = layers.embed(embedding, tokens).astype(self.dtype)
         keys, values, residuals = [], [], []
         for i in range(c.num_layers):
             residuals.append(x)
@@ -101,15 +100,15 @@ class Transformer(nn.Module):
             )
             keys.append(k)
             values.append(v)
-        x = layers.RMSNorm(c.rms_norm_eps, self.dtype, name="norm")(x)
+        norm = layers.Norm(c.rms_norm_eps, self.dtype, name="norm")(c.hidden_size)
         head = embedding
         if not c.tie_embeddings:
             head = self.param("lm_head", normal, (c.vocab_size, c.hidden_size), self.dtype)
         if block is not None:
             positions = jnp.concatenate([block.positions, positions], 1)
         output = ModelOutput(
-            logits=linear(x, head, jnp.float32),
-            features=jnp.concatenate([x] + [residuals[i] for i in self.feature_layers], -1),
+            logits=linear(x, head, jnp.float32, norm=norm),
+            features=jnp.concatenate([norm(x)] + [residuals[i] for i in self.feature_layers], -1),
         )
         return output, Block(tuple(keys), tuple(values), positions)
 
@@ -163,7 +162,7 @@ def transformer(
         return outputs
 
     def embed(params: PyTree, tokens: Array) -> Array:
-        return layers.embed(params["embed_tokens"], tokens)
+        return layers.embed(params["embed_tokens"], tokens).astype(dtype)
 
     def unembed(params: PyTree, hidden: Array) -> Array:
         head = params["embed_tokens" if c.tie_embeddings else "lm_head"]

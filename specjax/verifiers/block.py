@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from specjax.sampling import bernoulli, categorical, peak, softmax
+from specjax.kernels.vocabulary import peak, softmax
+from specjax.sampling import bernoulli, categorical
 from specjax.types import Array, Context, Draft, Keys, ModelOutput, Params, Verdict, Verifier
 from specjax.verifiers.rejection import points, rows_at
 

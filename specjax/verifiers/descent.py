@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from specjax.sampling import categorical, softmax
+from specjax.kernels.vocabulary import softmax
+from specjax.sampling import categorical
 from specjax.types import Array, Context, Draft, Keys, ModelOutput, Params, Verdict
 from specjax.verifiers.rejection import points, rows_at
 

@@ -15,7 +15,7 @@ from jax import lax
 
 from specjax import trees
 from specjax.kernels.below import below
-from specjax.sampling import softmax
+from specjax.kernels.vocabulary import softmax
 from specjax.types import Array, Context, Draft, Keys, ModelOutput, Params, Verdict, Verifier
 from specjax.verifiers.block import block
 from specjax.verifiers.rejection import eldest_child, rows_at

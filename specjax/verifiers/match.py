@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from specjax import trees
-from specjax.sampling import argmax, pick, shared_noise
+from specjax.kernels.vocabulary import argmax
+from specjax.sampling import pick, shared_noise
 from specjax.types import LAWS, Array, Context, Draft, Keys, ModelOutput, Params, Verdict, Verifier
 
 

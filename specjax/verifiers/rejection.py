@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from specjax.sampling import bernoulli, categorical, peak, softmax
+from specjax.kernels.vocabulary import peak, softmax
+from specjax.sampling import bernoulli, categorical
 from specjax.types import LAWS, Array, Context, Draft, Keys, ModelOutput, Params, Verdict, Verifier
 
 _TINY = 1e-37  # a ratio's denominator; smaller floats may be flushed to zero

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from specjax.sampling import bernoulli, categorical, peak
+from specjax.kernels.vocabulary import peak
+from specjax.sampling import bernoulli, categorical
 from specjax.types import LAWS, Array, Context, Draft, Keys, ModelOutput, Params, Verdict, Verifier
 from specjax.verifiers.block import offered
 from specjax.verifiers.rejection import eldest_child, next_sibling, points, rows_at

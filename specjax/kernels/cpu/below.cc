@@ -78,7 +78,7 @@ void Row(const float* keys, const float* weights, float* below, int64_t n) {
 ffi::Error Below(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> keys, ffi::Buffer<ffi::F32> weights,
                  ffi::ResultBuffer<ffi::F32> result) {
   const int64_t rows = keys.dimensions()[0], n = keys.dimensions()[1];
-  Team::For(pool, rows, [&](int64_t row) {
+  Team::For(pool.num_threads(), rows, [&](int64_t row) {
     const int64_t at = row * n;
     Row(keys.typed_data() + at, weights.typed_data() + at, result->typed_data() + at, n);
   });

@@ -53,7 +53,7 @@ ffi::Error Gumbel(ffi::ThreadPool pool, ffi::Buffer<ffi::U32> keys,
                   ffi::ResultBuffer<ffi::F32> result) {
   const int64_t rows = keys.dimensions()[0], n = result->dimensions()[1];
   const int64_t spans = (n + kSpan - 1) / kSpan;
-  Team::For(pool, rows * spans, [&](int64_t item) {
+  Team::For(pool.num_threads(), rows * spans, [&](int64_t item) {
     const int64_t row = item / spans, begin = item % spans * kSpan;
     const uint32_t* key = keys.typed_data() + 2 * row;
     float* out = result->typed_data() + row * n;

@@ -11,19 +11,17 @@
 #include <cstdint>
 #include <thread>
 
-#include "xla/ffi/api/ffi.h"
-
 namespace specjax {
 
 class Team {
  public:
-  // Calls work(i) for each i in [0, n), on at most as many threads as XLA's pool has or there are
-  // processors. The caller works too, and waits only for what helpers have begun. A call while
+  // Calls work(i) for each i in [0, n), on at most `threads` threads, of which the first call decides
+  // the number, or as there are processors. The caller works too, and waits only for what helpers have begun. A call while
   // another caller has the team runs alone.
   template <class Work>
-  static void For(const xla::ffi::ThreadPool& pool, int64_t n, const Work& work) {
+  static void For(int64_t threads, int64_t n, const Work& work) {
     static Team* team = new Team(std::min<int64_t>(
-        {pool.num_threads(), std::thread::hardware_concurrency(), kMostThreads}));
+        {threads, std::thread::hardware_concurrency(), kMostThreads}));
     if (n < 2 || team->helpers_ == 0 || team->busy_.test_and_set(std::memory_order_acquire)) {
       for (int64_t i = 0; i < n; ++i) work(i);
       return;

@@ -1,4 +1,6 @@
 // Sixteen floats at a time, and small products of rows with rows.
+//
+// Everything here is written in the vector extensions of GCC and Clang, which serve any processor.
 
 #pragma once
 
@@ -6,11 +8,21 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace specjax {
 
 constexpr int kLanes = 16;
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t Index __attribute__((vector_size(kLanes * sizeof(int32_t))));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+
+struct BFloat16 {
+  uint16_t bits;  // the upper half of a float's
+};
 
 inline Vector Load(const float* p) {
   Vector v;
@@ -18,10 +30,41 @@ inline Vector Load(const float* p) {
   return v;
 }
 
-inline Vector LoadPart(const float* p, int64_t count) {
-  Vector v = {};
-  std::memcpy(&v, p, count * sizeof(float));
+inline Vector Load(const BFloat16* p) {
+  Halves halves;
+  std::memcpy(&halves, p, sizeof(halves));
+  const Index bits = __builtin_convertvector(halves, Index) << 16;
+  Vector v;
+  std::memcpy(&v, &bits, sizeof(v));
   return v;
+}
+
+inline Vector Load(const int8_t* p) {
+#if defined(__AVX512F__)  // GCC would convert one by one
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return reinterpret_cast<Vector>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
+#elif defined(__AVX2__)
+  __m256 halves[2];
+  for (int i = 0; i < 2; ++i) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8 * i));
+    halves[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+  }
+  Vector v;
+  std::memcpy(&v, halves, sizeof(v));
+  return v;
+#else
+  Bytes bytes;
+  std::memcpy(&bytes, p, sizeof(bytes));
+  return __builtin_convertvector(bytes, Vector);
+#endif
+}
+
+// The first `count` numbers, then zeros.
+template <class Number>
+inline Vector LoadPart(const Number* p, int64_t count) {
+  Number part[kLanes] = {};
+  std::memcpy(part, p, count * sizeof(Number));
+  return Load(part);
 }
 
 // Keeps a value in its register: GCC would rather load it again at each of its uses.
@@ -34,11 +77,35 @@ inline Vector Held(Vector v) {
 
 inline void Store(float* p, Vector v) { std::memcpy(p, &v, sizeof(v)); }
 
+inline float ToFloat(float x) { return x; }
+
+inline float ToFloat(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &bits, sizeof(y));
+  return y;
+}
+
+inline void FromFloat(float x, float* y) { *y = x; }
+
+// To the nearest, ties to even.
+inline void FromFloat(float x, BFloat16* y) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  y->bits = x != x ? 0x7fc0 : static_cast<uint16_t>(rounded);
+}
+
 // Sums neighbouring lanes: those of a into the lower half, those of b into the upper half.
 inline Vector AddPairs(Vector a, Vector b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#else
   const Index even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
   const Index odd = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
   return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+#endif
 }
 
 // Up to sixteen vectors to the vector of their sums. A sum's order does not depend on `Count`.
@@ -52,7 +119,51 @@ inline Vector AddAcross(Vector* v) {
   return v[0];
 }
 
-// exp(x) for x <= 0 to about one unit in the last place; 0 where a float would be subnormal.
+// Sixteen vectors, a matrix, to its columns.
+#if defined(__AVX512F__)
+inline void Transpose(__m512i* v) {
+  __m512i t[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      v[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
+      v[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0x88);
+    t[4 + i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0xdd);
+    t[8 + i] = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0x88);
+    t[12 + i] = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 8; ++i) {
+    v[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+    v[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+  }
+}
+
+inline void Transpose(Vector* v) { Transpose(reinterpret_cast<__m512i*>(v)); }
+#else
+inline void Transpose(Vector* v) {
+  for (int i = 1; i < kLanes; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float x = v[i][j];
+      v[i][j] = v[j][i];
+      v[j][i] = x;
+    }
+  }
+}
+#endif
+
+// exp(x) for x <= 0 to about one unit in the last place; 0 where a float would be subnormal, NaN for
+// NaN.
 inline Vector Exp(Vector x) {
   constexpr float kLowest = -87.3f, kLog2E = 1.44269504f;
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
@@ -71,9 +182,17 @@ inline Vector Exp(Vector x) {
   Index bits, power;
   std::memcpy(&bits, &y, sizeof(y));
   std::memcpy(&power, &shifted, sizeof(shifted));
-  bits = (bits + (power << 23)) & ~vanishes;  // times 2^n: kRound's own low bits are zero
+  // Times 2^n: kRound's own low bits are zero. Where the result vanishes, the sum may wrap around.
+  typedef uint32_t Unsigned __attribute__((vector_size(sizeof(Index))));
+  bits = (Index)((Unsigned)bits + ((Unsigned)power << 23)) & ~vanishes;
   std::memcpy(&y, &bits, sizeof(y));
-  return y;
+  return x != x ? x : y;
+}
+
+// x / (1 + exp(-x)).
+inline Vector Silu(Vector x) {
+  const Vector e = Exp(x > 0.0f ? -x : x);  // exp(-|x|)
+  return (x > 0.0f ? x : x * e) / (1.0f + e);
 }
 
 // log(x) of a normal positive float to about one unit in the last place.
@@ -101,8 +220,8 @@ inline Vector Log(Vector x) {
 //
 // Each output is summed over i in sixteen lanes and then across them, in an order that depends on
 // k alone. So a row's result does not depend on how many rows are computed with it.
-template <int Rows, int Columns>
-inline void Tile(const float* x, const float* w, float* y, int64_t k, int64_t n) {
+template <int Rows, int Columns, class Weight>
+inline void Tile(const float* x, const Weight* w, float* y, int64_t k, int64_t n) {
   constexpr int kSums = Rows * Columns;
   Vector sums[kSums] = {};
   int64_t i = 0;
@@ -139,8 +258,8 @@ inline void Tile(const float* x, const float* w, float* y, int64_t k, int64_t n)
 }
 
 // The same for any number m of rows.
-template <int Columns>
-inline void Tiles(int64_t m, const float* x, const float* w, float* y, int64_t k, int64_t n) {
+template <int Columns, class Weight>
+inline void Tiles(int64_t m, const float* x, const Weight* w, float* y, int64_t k, int64_t n) {
   while (m > 0) {
     const int64_t groups = (m + 5) / 6;
     const int64_t rows = (m + groups - 1) / groups;
@@ -159,7 +278,8 @@ inline void Tiles(int64_t m, const float* x, const float* w, float* y, int64_t k
 }
 
 // y[0:m, 0:columns] = x[0:m] w[0:columns]^T; y has n columns.
-inline void Product(int64_t m, int64_t columns, const float* x, const float* w, float* y,
+template <class Weight>
+inline void Product(int64_t m, int64_t columns, const float* x, const Weight* w, float* y,
                     int64_t k, int64_t n) {
   int64_t c = 0;
   if (m == 1) {
