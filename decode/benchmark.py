@@ -8,14 +8,16 @@ slows all of them; figures are medians over repeats, speed-ups medians of each r
 first method, plain decoding in the same engine. Decoding after the prompt, the prompt itself and
 compilation are timed apart. Acceptance is counted in another pass, off the clock, and the pairs of
 methods in `config.comparisons` are compared prompt by prompt. A method's `formula`, a function of
-`theory`, tells what to expect of its first drafted token. Writes results.json, results.md and
-results.png into `config.output`.
+`theory`, tells what to expect of its first drafted token. With `config.costs`, seconds, the passes
+of every method's step are timed as well, each for so long in every repeat, and `theory` predicts
+the speed-up from them and from the acceptance. Writes results.json, results.md and results.png into
+`config.output`. A config with a `benchmark` names the function that runs it instead.
 """
 
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,9 +30,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from decode.loops import Timed, loop, rounds
+from decode.profile import parts_of
 from specjax import checkpoints, engine, metrics, plots, prompts, sampling, scripts, theory
 from specjax.build import build, mentions
 from specjax.types import Array, DecodeState, Params, Proposal
+
+_TARGET, _DRAFTER, _BOTH = _PASSES = ("target", "drafter", "target and drafter")
 
 
 class Method(NamedTuple):
@@ -41,11 +47,18 @@ class Method(NamedTuple):
     about: dict[str, Any]  # drafter, verifier, what they promise, and more for the record
     run: Callable[[prompts.Batch, float], metrics.Timing]
     measure: Callable[[Sequence[prompts.Batch], float], dict[str, Any]]  # off the clock
-    compiles: bool
+    costs: Callable[[float], dict[str, Timed]] | None  # a step's passes; None for a peer
+
+    @property
+    def compiles(self) -> bool:
+        return self.costs is not None
 
 
 def main(c: ConfigDict) -> None:
-    run(c)
+    if "benchmark" in c:  # a config that asks something else of the engine
+        build({"call": c.benchmark, "c": c})
+    else:
+        run(c)
 
 
 def run(c: ConfigDict) -> list[dict[str, Any]]:
@@ -97,6 +110,7 @@ def run(c: ConfigDict) -> list[dict[str, Any]]:
                 acceptance[method.name] = method.measure(batches, temperature)
                 progress.advance(task, len(batches))
             timings: dict[str, list[list[metrics.Timing]]] = {m.name: [] for m in group}
+            costs = _Costs(group, temperature, c.get("costs", 0))
             for repeat in range(c.repeats):
                 for method in group:
                     label = f"T={temperature:g} repeat {repeat + 1} {method.name}"
@@ -105,6 +119,7 @@ def run(c: ConfigDict) -> list[dict[str, Any]]:
                     for batch in batches:
                         timings[method.name][-1].append(method.run(batch, temperature))
                         progress.advance(task)
+                    costs.measure(method.name)
             for method in group:
                 record: dict[str, Any] = {"method": method.name, **method.about}
                 record |= {"temperature": temperature, "batch_size": c.batch_size}
@@ -112,6 +127,7 @@ def run(c: ConfigDict) -> list[dict[str, Any]]:
                 record |= _figures(method, temperature, timings[method.name], baseline)
                 record |= acceptance[method.name]
                 record["seconds_compile"] = compiled.get(method.name)
+                record |= costs.figures(method.name, group[0].name, record)
                 records.append(record)
             _compare(pairs, records[-len(group) :])
     _write(c, records, console)
@@ -129,7 +145,7 @@ def _methods(
             peer = build({**spec.peer, **paths, "batches": batches})
             about = {"drafter": peer.drafter, "verifier": "transformers"}
             about |= {"lossless": True, "drafter_invariant": False}
-            method = Method(name, tuple(spec.temperatures), about, peer.run, peer.measure, False)
+            method = Method(name, tuple(spec.temperatures), about, peer.run, peer.measure, None)
         else:
             method = _engine_method(name, spec, models, batches, given, c.seed)
         methods.append(method)
@@ -200,7 +216,54 @@ def _engine_method(
         "num_nodes": num_nodes,
         "depth": depth,
     }
-    return Method(name, tuple(spec.temperatures), about, once, measure, True)
+
+    def costs(temperature: float) -> dict[str, Timed]:
+        state = prefill(batches[0], temperature)
+        parts = parts_of(models.target, drafter, verifier, None, params, state)
+        return {part: loop(*parts[part]) for part in _PASSES}
+
+    return Method(name, tuple(spec.temperatures), about, once, measure, costs)
+
+
+class _Costs:
+    """Seconds of the passes of each method's step, in as many repeats as it is measured."""
+
+    def __init__(self, methods: Sequence[Method], temperature: float, seconds: float) -> None:
+        self._loops: dict[str, dict[str, tuple[Timed, int]]] = {}
+        self._found: dict[str, list[dict[str, float]]] = {}
+        for method in methods if seconds else ():
+            if method.costs is not None:
+                loops = method.costs(temperature)
+                sized = {part: (timed, rounds(timed, seconds)) for part, timed in loops.items()}
+                self._loops[method.name], self._found[method.name] = sized, []
+
+    def measure(self, name: str) -> None:
+        if name in self._loops:
+            parts = self._loops[name].items()
+            self._found[name].append({part: timed(n) / n for part, (timed, n) in parts})
+
+    def figures(self, name: str, baseline: str, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Medians in milliseconds; the speed-up they promise with the acceptance measured."""
+        if name not in self._loops:
+            return {}
+
+        def median(figure: Callable[[dict[str, float], dict[str, float]], float]) -> float:
+            both = zip(self._found[name], self._found[baseline], strict=True)
+            return statistics.median(figure(own, plain) for own, plain in both)
+
+        draft = median(lambda own, plain: (own[_BOTH] - own[_TARGET]) / plain[_TARGET])
+        verify = median(lambda own, plain: own[_TARGET] / plain[_TARGET])
+        if name == baseline:
+            draft = 0.0
+        predicted = theory.speedup(record["mat"], max(draft, 0.0), verify)
+        of_pass = {p: [1e3 * seconds[p] for seconds in self._found[name]] for p in _PASSES}
+        return {
+            "milliseconds": {p: statistics.median(found) for p, found in of_pass.items()},
+            "draft_cost": draft,
+            "verify_cost": verify,
+            "predicted": predicted,
+            "of_predicted": record["speedup"] / predicted,
+        }
 
 
 def _formula(name: str, spec: ConfigDict, proposal: Proposal) -> Callable | None:
@@ -290,7 +353,8 @@ def _write(c: ConfigDict, records: list[dict[str, Any]], console: Console) -> No
     )
     console.print(title, highlight=False)
     lines = [title]
-    for rows, legend in (_speeds(records), _differences(records), _first_tokens(records)):
+    tables = (_speeds(records), _differences(records), _first_tokens(records))
+    for rows, legend in (*tables, _predictions(records)):
         if not rows:
             continue
         lines += ["", "| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
@@ -366,6 +430,30 @@ def _first_tokens(records: Sequence[dict[str, Any]]) -> tuple[list[dict[str, str
     legend = (
         "expected: chance of the first drafted token by the formula, mean of all steps; accepted: "
         "share of the same steps that kept it; the difference with 95 % intervals"
+    )
+    return rows, legend
+
+
+def _predictions(records: Sequence[dict[str, Any]]) -> tuple[list[dict[str, str]], str]:
+    """The table of what `theory` promises, likewise."""
+    rows = [
+        {
+            "T": f"{r['temperature']:g}",
+            "method": r["method"],
+            "target": _number(r["milliseconds"][_TARGET], 3),
+            "both": _number(r["milliseconds"][_BOTH], 3),
+            "verify cost": _number(r["verify_cost"]),
+            "draft cost": _number(r["draft_cost"]),
+            "predicted": _number(r["predicted"]),
+            "speed-up": _number(r["speedup"]),
+            "of it": f"{100 * r['of_predicted']:.0f} %",
+        }
+        for r in records
+        if "predicted" in r
+    ]
+    legend = (
+        "target, both: milliseconds of a step's target pass, and of the drafter's passes with it; "
+        "costs: the same in plain decoding's passes; predicted: tokens per pass over their sum"
     )
     return rows, legend
 

@@ -2,9 +2,8 @@
 
     python decode/profile.py                                     # configs/bench/llama_30m.py
 
-A part runs in a compiled loop on the shapes of the real step; what it computes decides, in a way
-that the compiler cannot see through, the input of its next round, so nothing is dropped or hoisted
-and no dispatch is timed. Repeats of all parts are interleaved, medians are shown.
+A part runs in a compiled loop on the shapes of the real step, see `decode/loops.py`. Repeats of all
+parts are interleaved, medians are shown.
 
     target       one target pass over the N nodes, mask and positions included
     drafter      the drafter's `propose` and `observe`
@@ -27,7 +26,6 @@ Writes results.json and results.md into `config.output`.
 
 import json
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -35,13 +33,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from ml_collections import ConfigDict
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from decode.loops import interleaved, loop, nothing, steps
 from specjax import cache as caches
 from specjax import engine, sampling, scripts, trees
 from specjax.build import build
@@ -100,12 +97,12 @@ def run(c: ConfigDict) -> list[dict[str, Any]]:
         decoder = engine.decoder(target, drafter, verifier)
         choose = build(case.choose)
         state = _start(c, decoder, params, target.vocab_size, case.temperature)
-        parts = _parts(target, drafter, verifier, choose, params, state)
-        loops = {part: _loop(*spec) for part, spec in parts.items()}
-        loops["step"] = _whole(decoder, params, state)
+        parts = parts_of(target, drafter, verifier, choose, params, state)
+        loops = {part: loop(*spec) for part, spec in parts.items()}
+        loops["step"] = steps(decoder, params, state)
         # Rows that were full would make the last steps free.
         most = {"step": (c.max_length - c.prompt_length) // (decoder.proposal.depth + 1)}
-        times = _measure(loops, most, c.repeats, c.seconds, name, console)
+        times = interleaved(loops, most, c.repeats, c.seconds, name, console)
         del parts, loops, state
         ms = {part: statistics.median(values) for part, values in times.items()}
         records.append(
@@ -159,22 +156,18 @@ def _cold(times: Mapping[str, float]) -> float:
 # -------------------------------------------------------------------------------------------- parts
 
 
-def _nothing(x: Array) -> Array:
-    """An int32 0 that depends on all of x: no token is negative and no number here is NaN."""
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        return jnp.isnan(x.max()).astype(jnp.int32)
-    return jnp.minimum(x.min(), 0).astype(jnp.int32)
-
-
-def _parts(
+def parts_of(
     target: Model,
     drafter: Drafter,
     verifier: Verifier,
-    choose: Choose,
+    choose: Choose | None,
     params: Params,
     state: DecodeState,
 ) -> dict[str, Part]:
-    """Every part with its inputs and first carry, on what one real step sees."""
+    """Every part with its inputs and first carry, on what one real step sees.
+
+    Without a `choose` there is no part of that name.
+    """
     context, keys = state.context, state.rng_keys
     depth = drafter.proposal.depth
 
@@ -203,7 +196,7 @@ def _parts(
         tokens, length = carry
         params, context = inputs
         output, _ = score(params, replace(context, length=length), guess(tokens, None))
-        zero = _nothing(output.logits)
+        zero = nothing(output.logits)
         return tokens + zero, length + zero
 
     def drafting(reveal: Callable[[tuple, Context, Draft], ModelOutput]) -> Callable:
@@ -215,9 +208,9 @@ def _parts(
             now = replace(context, tokens=tokens, length=length, cache=cache)
             new, believed = drafter.propose(params, keys, believed, now)
             output = reveal(inputs, now, new)
-            used = _nothing(new.tokens) + _nothing(output.logits[:, :, :1])
+            used = nothing(new.tokens) + nothing(output.logits[:, :, :1])
             if new.probs is not None:
-                used += _nothing(new.probs)
+                used += nothing(new.probs)
             verdict = Verdict(path, jnp.ones(rows, jnp.int32) + used, new.tokens[:, -1])
             tokens = caches.write(tokens, new.tokens[:, -1:], length, verdict.num_nodes)
             grown = replace(now, tokens=tokens, length=length + verdict.num_nodes)
@@ -235,7 +228,7 @@ def _parts(
 
     def scored(inputs: tuple, now: Context, new: Draft) -> ModelOutput:
         output, _ = score(inputs[0].target, now, new)
-        return replace(output, logits=output.logits + _nothing(output.logits))
+        return replace(output, logits=output.logits + nothing(output.logits))
 
     def read(inputs: PyTree, carry: tuple) -> tuple:
         count, one = carry
@@ -250,22 +243,23 @@ def _parts(
         believed, tokens, length = drafting(known)(
             drafting_inputs, (believed, tokens, length + reading[0])
         )
-        return (reading[0], reading[1] + _nothing(length)), (believed, tokens, length)
+        return (reading[0], reading[1] + nothing(length)), (believed, tokens, length)
 
     def pass_choose(inputs: tuple, carry: Array) -> Array:
+        assert choose is not None
         logits, context = inputs
         for level in range(1, depth + 1):  # one after another, as drafting is
             tokens, probs = choose.draw(
                 keys, replace(context, length=context.length + carry), level, logits + carry, 1
             )
-            carry = carry + _nothing(tokens)
+            carry = carry + nothing(tokens)
             if probs is not None:
-                carry = carry + _nothing(probs)
+                carry = carry + nothing(probs)
         return carry
 
     def pass_warp(inputs: tuple, carry: Array) -> Array:
         logits, how = inputs
-        return carry + _nothing(sampling.warp(logits + carry, how))
+        return carry + nothing(sampling.warp(logits + carry, how))
 
     def judging(reveal: Callable[[Array, Array, Sampling], Array]) -> Callable:
         """The verifier on the warped logits that `reveal` makes of what it is given."""
@@ -281,8 +275,8 @@ def _parts(
                 output,
                 reveal(given, carry, context.sampling),
             )
-            used = _nothing(verdict.path) + _nothing(verdict.num_nodes)
-            return carry + used + _nothing(verdict.next_token)
+            used = nothing(verdict.path) + nothing(verdict.num_nodes)
+            return carry + used + nothing(verdict.next_token)
 
         return body
 
@@ -295,11 +289,11 @@ def _parts(
 
     def pass_noise(inputs: Keys, carry: Array) -> Array:
         position = context.length[:, None] + carry + jnp.arange(depth + 1)
-        return carry + _nothing(sampling.shared_gumbel(inputs, position, target.vocab_size))
+        return carry + nothing(sampling.shared_gumbel(inputs, position, target.vocab_size))
 
     def pass_absorb(inputs: tuple, carry: Context) -> Context:
         block, tokens = inputs
-        count = jnp.ones(rows, jnp.int32) + _nothing(carry.tokens[:, 0])
+        count = jnp.ones(rows, jnp.int32) + nothing(carry.tokens[:, 0])
         new = replace(
             carry,
             tokens=caches.write(carry.tokens, tokens, carry.length, count),
@@ -318,7 +312,7 @@ def _parts(
         (params, output, context.cache),
         (state.drafter, context.tokens, context.length),
     )
-    return {
+    found: dict[str, Part] = {
         "target": (pass_target, (params.target, context), (draft.tokens, context.length)),
         "drafter": (drafting(known), *drafted),
         _READ: (read, params.target, (zero, one)),
@@ -328,75 +322,14 @@ def _parts(
             ((zero, one), drafted[1]),
         ),
         "target and drafter": (drafting(scored), *drafted),
-        "choose": (pass_choose, (logits, small), zero),
         "warp": (pass_warp, (output.logits, context.sampling), zero),
         "noise": (pass_noise, keys, zero),
         "verify": (judging(warped_before), (*judged, warped), zero),
         "warp and verify": (judging(warped_now), (*judged, output.logits), zero),
         "absorb": (pass_absorb, (block, draft.tokens[:, : depth + 1]), context),
     }
-
-
-def _loop(body: Callable[[Any, Any], Any], inputs: Any, carry: Any) -> Callable[[int], float]:
-    """A function that runs the body n times and returns the seconds."""
-
-    @jax.jit
-    def rounds(n: Array, inputs: Any, carry: Any) -> Any:
-        return lax.fori_loop(0, n, lambda _, carry: body(inputs, carry), carry)
-
-    def timed(n: int) -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(rounds(n, inputs, carry))
-        return time.perf_counter() - start
-
-    return timed
-
-
-def _whole(decoder: Decoder, params: Params, state: DecodeState) -> Callable[[int], float]:
-    """The same for whole steps; the state is copied first, for `advance` consumes it."""
-
-    def timed(n: int) -> float:
-        fresh = jax.block_until_ready(jax.tree.map(jnp.copy, state))
-        start = time.perf_counter()
-        jax.block_until_ready(engine.advance(decoder, params, fresh, n))
-        return time.perf_counter() - start
-
-    return timed
-
-
-def _measure(
-    loops: Mapping[str, Callable[[int], float]],
-    most: Mapping[str, int],
-    repeats: int,
-    seconds: float,
-    name: str,
-    console: Console,
-) -> dict[str, list[float]]:
-    """Milliseconds of a round of each loop in each of the interleaved repeats.
-
-    A repeat takes `seconds`, but no more rounds than `most` has for the part.
-    """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    left = TimeRemainingColumn()
-    quiet = not console.is_terminal
-    with Progress(*columns, left, console=console, transient=True, disable=quiet) as progress:
-        task = progress.add_task(name, total=len(loops) * (repeats + 1))
-        rounds = {}
-        for part, loop in loops.items():
-            progress.update(task, description=f"{name}: compiling {part}")
-            loop(1)
-            n, taken, limit = 2, 0.0, most.get(part, 10**6)
-            while taken < seconds / 2 and n < limit:
-                taken = loop(n)
-                n = min(limit, max(2, int(n * seconds / taken)))
-            rounds[part] = n
-            progress.advance(task)
-        found: dict[str, list[float]] = {part: [] for part in loops}
-        for repeat in range(repeats):
-            progress.update(task, description=f"{name}: repeat {repeat + 1}")
-            for part, loop in loops.items():
-                found[part].append(1e3 * loop(rounds[part]) / rounds[part])
-                progress.advance(task)
+    if choose is not None:
+        found["choose"] = (pass_choose, (logits, small), zero)
     return found
 
 

@@ -1,6 +1,6 @@
 """transformers' own generation in PyTorch, as methods for `decode/benchmark.py`.
 
-Greedy, batch 1, float32, with key/value cache. Each method keeps the number of threads and the
+Greedy, batch 1, with key/value cache. Each method keeps the number of threads and the
 options that make it fastest on the first prompts. The prompt ends where a streamer gets its first
 tokens: those belong to the prompt pass, the rest is decoding. Target passes are counted by a hook.
 """
@@ -26,10 +26,15 @@ class Peer(NamedTuple):
     measure: Callable[[Sequence[prompts.Batch], float], dict[str, Any]]
 
 
-def greedy(target_directory: str, draft_directory: str, batches: Sequence[prompts.Batch]) -> Peer:
-    """Plain decoding."""
+def greedy(
+    target_directory: str,
+    draft_directory: str,
+    batches: Sequence[prompts.Batch],
+    dtype: str = "float32",
+) -> Peer:
+    """Plain decoding, with weights and activations of a dtype."""
     del draft_directory
-    return _peer("none", target_directory, "", batches, [{}])
+    return _peer("none", target_directory, "", batches, [{}], dtype)
 
 
 def assisted(
@@ -68,7 +73,7 @@ def lookup(
 
 
 @functools.cache
-def _load(directory: str) -> Any:
+def _load(directory: str, dtype: str) -> Any:
     try:
         import torch
         import transformers
@@ -79,7 +84,9 @@ def _load(directory: str) -> Any:
         ) from error
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=getattr(torch, dtype)
+    )
     return model.eval()
 
 
@@ -89,9 +96,10 @@ def _peer(
     draft_directory: str,
     batches: Sequence[prompts.Batch],
     options: Sequence[dict[str, Any]],
+    dtype: str = "float32",
 ) -> Peer:
-    target = _load(target_directory)
-    assistant = _load(draft_directory) if draft_directory else None
+    target = _load(target_directory, dtype)
+    assistant = _load(draft_directory, dtype) if draft_directory else None
     if len(batches[0].length) != 1:
         raise ValueError(
             f"Batches have {len(batches[0].length)} rows; transformers assists one at a time, so "

@@ -40,9 +40,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from decode.loops import nothing
 from specjax import plots, sampling, scripts, trees
 from specjax.build import build
 from specjax.drafters.grow import Builder
+from specjax.kernels.vocabulary import softmax
 from specjax.models.transformer import TransformerConfig, transformer
 from specjax.types import (
     Array,
@@ -217,7 +219,7 @@ def _overlap(instance: Instance) -> float:
     draft, warped = instance
     if draft.probs is None:
         return float("nan")
-    p = sampling.softmax(warped)
+    p = softmax(warped)
     p = jnp.take_along_axis(p, jnp.maximum(draft.parents, 0)[..., None], 1)
     elder = draft.parents[:, :, None] == draft.parents[:, None, :]
     node = jnp.arange(draft.tokens.shape[1])
@@ -237,13 +239,6 @@ class Timing(NamedTuple):
 
 
 Timer = Callable[[int], Timing]  # rounds -> how long each took
-
-
-def _nothing(x: Array) -> Array:
-    """An int32 0 that depends on all of x: no token is negative and no number here is NaN."""
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        return jnp.isnan(x.max()).astype(jnp.int32)
-    return jnp.minimum(x.min(), 0).astype(jnp.int32)
 
 
 def _touched(x: Array, first: Array, zero: Array) -> Array:
@@ -267,7 +262,7 @@ def _timed_pass(c: ConfigDict) -> Timer:
         def body(_: Array, tokens: Array) -> Array:
             positions = cache.length[:, None] + trees.depths(mask)
             output, _ = target.apply(params, tokens, positions, mask, cache)
-            return tokens + _nothing(output.logits)
+            return tokens + nothing(output.logits)
 
         return lax.fori_loop(0, count, body, tokens)
 
@@ -301,8 +296,8 @@ def _timed_rule(c: ConfigDict, case: Case, instances: list[Instance]) -> Timer:
                 ModelOutput(warped, warped),
                 warped,
             )
-            zero = _nothing(verdict.path) + _nothing(verdict.num_nodes)
-            zero += _nothing(verdict.next_token)
+            zero = nothing(verdict.path) + nothing(verdict.num_nodes)
+            zero += nothing(verdict.next_token)
             draft = replace(draft, tokens=draft.tokens + zero)
             if first.draft.probs is not None:
                 probs = _touched(draft.probs, first.draft.probs[0, 0, 0], zero)

@@ -145,3 +145,34 @@ def costs(records: Sequence[dict[str, Any]], path: str | Path) -> None:
     figure.legend(loc="outside lower center", frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def passes(records: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """Milliseconds of a pass by its number of tokens, a panel for each model, a line a variant.
+
+    Args:
+        records: `decode/passes.py` says what one holds.
+        path: the image to write.
+    """
+    models = list(dict.fromkeys(r["model"] for r in records))
+    variants = list(dict.fromkeys(r["variant"] for r in records))
+    figure, panels = plt.subplots(
+        1, len(models), figsize=(1 + 4 * len(models), 3.6), squeeze=False, layout="constrained"
+    )
+    for axes, model in zip(panels[0], models, strict=True):
+        for i, variant in enumerate(variants):
+            own = [r for r in records if (r["model"], r["variant"]) == (model, variant)]
+            tokens, times = ([r[name] for r in own] for name in ("num_tokens", "milliseconds"))
+            colour = _COLOURS[i % len(_COLOURS)]
+            label = variant if model == models[0] else None
+            axes.plot(tokens, times, marker="o", markersize=4, color=colour, label=label)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(tokens, tokens)
+        axes.set_ylim(0)
+        axes.set_title(model, fontsize=11)
+        axes.set_xlabel("tokens of a pass")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("milliseconds")
+    figure.legend(loc="outside lower center", ncols=len(variants), frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

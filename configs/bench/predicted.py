@@ -1,0 +1,18 @@
+"""What `theory` promises of the demo's methods from their passes' times, and what they reach.
+
+    python decode/benchmark.py --config=configs/bench/predicted.py
+
+About 4 minutes on two CPU cores. Every method should reach 90 % of its prediction.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.bench import demo
+
+
+def get_config() -> ConfigDict:
+    c = demo.get_config()
+    c.output = "runs/predicted"
+    c.costs = 0.1  # seconds of each pass of each method in every repeat
+    c.repeats = 5
+    return c
