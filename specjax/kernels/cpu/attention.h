@@ -60,18 +60,21 @@ template <class Number>
 inline void Scores(int64_t rows, int64_t s, const float* q, const Number* keys,
                    const Number* values, int64_t h, float* scores, int64_t stride,
                    Vector* columns) {
-  constexpr int64_t kLine = 64 / sizeof(Number);
   for (int64_t i = 0; i < s; i += kLanes) {
     const int64_t count = std::min<int64_t>(kLanes, s - i);
-    for (int64_t j = i * h; j < (i + count) * h; j += kLine) {
-      __builtin_prefetch(values + j, 0, 2);  // into the second cache
-    }
     for (int64_t j = 0; j < h; j += kLanes) {
-      const int64_t width = std::min<int64_t>(kLanes, h - j);
-      Vector v[kLanes] = {};
-      for (int64_t c = 0; c < count; ++c) {
-        const Number* key = keys + (i + c) * h + j;
-        v[c] = width == kLanes ? Load(key) : LoadPart(key, width);
+      const int64_t width = std::min<int64_t>(kLanes, h - j), at = i * h + j;
+      Vector v[kLanes];
+      if (count == kLanes && width == kLanes) {
+#pragma GCC unroll 16
+        for (int c = 0; c < kLanes; ++c) {
+          v[c] = Load(keys + at + c * h);
+          __builtin_prefetch(values + at + c * h, 0, 2);  // into the second cache
+        }
+      } else {
+        for (int64_t c = 0; c < kLanes; ++c) {
+          v[c] = LoadPart(keys + at + c * h, c < count ? width : 0);
+        }
       }
       Transpose(v);
       std::copy_n(v, width, columns + j);
