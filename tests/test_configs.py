@@ -96,6 +96,52 @@ def test_demo(directories: tuple[str, str], tmp_path: Path) -> None:
     assert (tmp_path / "results.png").stat().st_size > 1000
 
 
+def test_predicted(directories: tuple[str, str], tmp_path: Path) -> None:
+    c = shrink(load("configs/bench/predicted.py").get_config(), directories, tmp_path)
+    for name in set(c.methods) - {"none", "lookup"}:
+        del c.methods[name]
+    c.methods.lookup.temperatures = (0.0,)
+    c.update(costs=0.001, temperatures=(0.0,))
+    plain, lookup = benchmark.run(c)
+    assert plain["predicted"] == plain["of_predicted"] == 1
+    assert lookup["predicted"] == pytest.approx(
+        lookup["mat"] / (max(lookup["draft_cost"], 0) + lookup["verify_cost"])
+    )
+    assert lookup["of_predicted"] == lookup["speedup"] / lookup["predicted"]
+    assert all(value > 0 for value in lookup["milliseconds"].values())
+    assert (tmp_path / "results.md").read_text().count("| lookup |") == 2
+
+
+def test_cpu_kernels(tmp_path: Path) -> None:
+    """Passes, decoding and products; with `transformers` where it is."""
+    c = load("configs/bench/cpu_kernels.py").get_config()
+    for shape in c.models.values():
+        assert jax.eval_shape(transformer(TransformerConfig(**shape)).init, jax.random.key(0))
+    c.models = {"tiny": TINY}
+    c.variants = {name: c.variants[name] for name in ("int8", "float32 by XLA")}
+    c.update(output=str(tmp_path), context_length=8, max_length=32, max_new_tokens=4)
+    c.update(num_tokens=(1, 2), at_most=(1.0, 1.1), products=((2, 16, 24),))
+    c.update(repeats=1, seconds=0.001)
+    if importlib.util.find_spec("torch") is None:
+        with pytest.raises(ValueError, match=r"specjax\[parity\]"):
+            benchmark.main(c)
+        c.transformers = ()
+    benchmark.main(c)
+    records = json.loads((tmp_path / "results.json").read_text())
+    assert all(r["milliseconds"] > 0 for r in records)
+    passes = [(r["variant"], r["num_tokens"]) for r in records if r["what"] == "pass"]
+    assert passes == [(variant, n) for variant in c.variants for n in (1, 2)]
+    peers = len(c.transformers)
+    assert sum(r["what"] == "decoding" for r in records) == 2 + peers
+    assert sum(r["what"] == "product" for r in records) == 2 + peers
+    page = (tmp_path / "results.md").read_text()
+    assert all(page.count(f"| {variant} |") == 2 for variant in c.variants)
+    assert (tmp_path / "results.png").stat().st_size > 1000
+    for wrong in ({"max_length": 8}, {"at_most": (1.0,)}, {"repeats": 0}):
+        with pytest.raises(ValueError, match="need"):
+            benchmark.main(ConfigDict({**c.to_dict(), **wrong}))
+
+
 def test_verifiers(directories: tuple[str, str], tmp_path: Path) -> None:
     """`test_demo` runs what this one adds to the demo; here all methods can be built."""
     c = shrink(load("configs/bench/verifiers.py").get_config(), directories, tmp_path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tokenizers as hf_tokenizers
+from directories import save_model
 from flax import traverse_util
 
+from specjax import checkpoints
+from specjax.kernels import native
 from specjax.models import hf
 from specjax.models.layers import RopeScaling
 from specjax.models.transformer import TransformerConfig, transformer
@@ -439,3 +443,26 @@ def test_same_vocabulary(saved: Path, tmp_path: Path) -> None:
     hf.save(draft, wider, random_params(wider))
     text = message(hf.check_same_vocabulary, saved, draft)
     assert all(word in text for word in ("11", "12")), text
+
+
+def test_auto_keeps_what_the_kernels_read(tmp_path: Path) -> None:
+    """Matrices stay bfloat16 on CPU; every value is that of float32."""
+    full = Path(save_model(tmp_path / "float32"))
+    half = tmp_path / "bfloat16"
+    shutil.copytree(full, half)
+    found = hf.load(full)
+    hf.save(half, found.config, found.params, jnp.bfloat16, found.eos_ids, found.bos_id)
+    assert hf.stored_dtype(full) == jnp.float32
+    assert hf.stored_dtype(half) == jnp.bfloat16
+    params = checkpoints.load(half).target_params
+    with native.disabled():
+        without = checkpoints.load(half).target_params
+    expected = checkpoints.load(half, dtype="float32").target_params
+    kinds = {x.ndim: x.dtype for x in jax.tree.leaves(params)}
+    assert kinds == {1: jnp.float32, 2: jnp.bfloat16 if native.available() else jnp.float32}
+    assert {x.dtype for x in jax.tree.leaves((without, expected))} == {jnp.dtype("float32")}
+    for x, *same in zip(*map(jax.tree.leaves, (expected, params, without)), strict=True):
+        for y in same:
+            np.testing.assert_array_equal(x, y.astype(jnp.float32))
+    kept = checkpoints.load(full).target_params
+    assert {x.dtype for x in jax.tree.leaves(kept)} == {jnp.dtype("float32")}

@@ -18,7 +18,7 @@ import pytest
 from specjax import engine, testing
 from specjax.drafters import grow
 from specjax.drafters.model import model
-from specjax.kernels import attention, below, commit, native, noise
+from specjax.kernels import attention, below, commit, native, noise, vocabulary
 from specjax.kernels.linear import Int8, RMSNorm, Weights, gated, linear, linears, quantize
 from specjax.kernels.native import FEW_ROWS
 from specjax.sampling import sampling
@@ -489,6 +489,35 @@ def test_below_sums_in_the_order_of_the_keys(shape: tuple[int, ...]) -> None:
         plain = jax.jit(below._sorted)(*(x.reshape(-1, shape[-1]) for x in (keys, weights)))
         np.testing.assert_allclose(found, expected, rtol=3e-6)
         np.testing.assert_allclose(plain.reshape(shape), expected, rtol=3e-5)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 17), (2, 5, 4096), (20, 4099)])
+def test_vocabularies_are_reduced_as_numpy_does(shape: tuple[int, ...]) -> None:
+    """Ties, weights of nothing, and rows enough for several threads."""
+    rng = np.random.default_rng(1)
+    x = np.round(rng.normal(size=shape) * 4).astype(np.float32) / 4
+    x[..., ::3] = -np.inf
+    x[..., 0] = 0
+    noise = rng.gumbel(size=shape).astype(np.float32)
+    np.testing.assert_array_equal(vocabulary.argmax(x), x.argmax(-1))
+    np.testing.assert_array_equal(vocabulary.argmax(x, noise), (x + noise).argmax(-1))
+    law = np.exp(x.astype(np.float64))
+    law /= law.sum(-1, keepdims=True)
+    np.testing.assert_allclose(vocabulary.softmax(x), law, rtol=3e-6)
+    slope = jax.grad(lambda x: vocabulary.softmax(x)[..., 0].sum())(jnp.asarray(x))
+    of_first = -law[..., :1] * law + law * (np.arange(shape[-1]) == 0)
+    np.testing.assert_allclose(slope, of_first, atol=1e-6)
+    batched = jax.vmap(vocabulary.argmax)(np.stack([x, noise]))
+    np.testing.assert_array_equal(batched, np.stack([x.argmax(-1), noise.argmax(-1)]))
+
+
+def test_a_nan_is_no_choice() -> None:
+    x = np.zeros((2, 40), np.float32)
+    x[0, 33] = np.nan
+    np.testing.assert_array_equal(vocabulary.argmax(x), [40, 0])
+    law = np.asarray(vocabulary.softmax(x))
+    assert np.isnan(law[0]).all()
+    np.testing.assert_allclose(law[1], 1 / 40)
 
 
 @_NEEDS_COMPILER

@@ -4,6 +4,9 @@ Compiling takes most of the time, hence one program per case: one batch shape se
 """
 
 import inspect
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -181,6 +184,15 @@ def test_a_wrong_cache_is_found(
     caches = [spoilt(cache) for cache in result.caches]
     monkeypatch.setattr(program, "result", result._replace(caches=caches))
     assert not conformance.cached_history(program).passed
+
+
+@pytest.mark.slow
+def test_the_laws_hold_without_kernels() -> None:
+    """This very file, by XLA's own operations."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", __file__]
+    environment = {**os.environ, "SPECJAX_CPU_KERNELS": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 def test_bfloat16_leaves_the_argmax_loop_by_rounding_only(monkeypatch: pytest.MonkeyPatch) -> None:

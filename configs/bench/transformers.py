@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     c.methods = ConfigDict(sort_keys=False)  # the first is the baseline
     c.methods["none"] = demo.method(demo.NONE, demo.MATCH, demo.GREEDY)
     c.methods["lookup"] = demo.method(demo.LOOKUP, demo.MATCH, demo.GREEDY)
-    c.methods["chain"] = demo.method(demo.chain("best"), demo.MATCH, demo.GREEDY)
+    c.methods["chain"] = demo.method(demo.chain("best", 4), demo.MATCH, demo.GREEDY)
     c.methods["transformers none"] = peer("greedy")
     c.methods["transformers lookup"] = peer("lookup")
     c.methods["transformers assisted"] = peer("assisted")

@@ -4,6 +4,7 @@ A drafter that can predict one more token offers `expand`; a builder calls it le
 drafter knows tree shapes, and no builder knows models.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -71,7 +72,7 @@ def static(parents: Sequence[int], choose: Choose) -> Builder:
         for depth in range(1, t.depth + 1):
             level, above = t.levels[depth], t.levels[depth - 1]
             most = max(int((t.parents == node).sum()) for node in above)
-            drawn, law = choose.draw(rng_keys, context, depth, logits, most)
+            drawn, law = choose.draw(rng_keys, _tied(context, logits), depth, logits, most)
             parent = np.searchsorted(above, t.parents[level])
             tokens.append(drawn[:, parent, t.rank[level]])
             if law is not None:
@@ -95,6 +96,16 @@ def static(parents: Sequence[int], choose: Choose) -> Builder:
         )
 
     return Builder(grow, Proposal(law, len(t.parents), t.depth))
+
+
+def _tied(context: Context, logits: Array) -> Context:
+    """The same context, known no sooner than the logits.
+
+    If the noise of all levels were ready at once, XLA on CPU would draw it on another thread, which
+    the draft model's own passes need.
+    """
+    length = jnp.where(jnp.isnan(logits[:, 0, 0]), 0, context.length)
+    return dataclasses.replace(context, length=length)
 
 
 def chain(num_tokens: int, choose: Choose) -> Builder:

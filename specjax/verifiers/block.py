@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from specjax.kernels.vocabulary import peak, softmax
+from specjax.kernels.vocabulary import softmax
 from specjax.sampling import bernoulli, categorical
 from specjax.types import Array, Context, Draft, Keys, ModelOutput, Params, Verdict, Verifier
 from specjax.verifiers.rejection import points, rows_at
@@ -46,14 +46,12 @@ def _judge(
     """The closed form: w = exp(s - max(0, cummax s)) where s = cumsum log(p(x) / q(x))."""
     n = warped.shape[1]
     tokens = draft.tokens[:, 1:, None]  # [B, D, 1]
-    top = peak(warped[:, :-1])
-    mass = jnp.exp(warped[:, :-1] - top).sum(-1, keepdims=True)
-    log_p = jnp.take_along_axis(warped[:, :-1], tokens, 2) - top - jnp.log(mass)
+    p = softmax(warped)
+    log_p = jnp.log(jnp.take_along_axis(p[:, :-1], tokens, 2))
     log_q = jnp.log(jnp.maximum(jnp.take_along_axis(q[:, 1:], tokens, 2), _TINY))
     s = lax.cumsum(log_p - log_q, 1)
     w = jnp.exp(s - jax.nn.relu(lax.cummax(s, 1)))  # [B, D, 1], of prefixes 1 .. D
-    p = jnp.exp(warped[:, 1:-1] - top[:, 1:]) / mass[:, 1:]
-    excess = jax.nn.relu(w[:, :-1] * p - q[:, 2:]).sum(-1)  # of prefixes 1 .. D - 1
+    excess = jax.nn.relu(w[:, :-1] * p[:, 1:-1] - q[:, 2:]).sum(-1)  # of prefixes 1 .. D - 1
     w = w[..., 0]
     h = jnp.concatenate([offered(excess, w[:, :-1]), w[:, -1:]], 1)
     success = bernoulli(rng_keys, context, "block.accept", h)
@@ -62,7 +60,7 @@ def _judge(
     tau = jnp.where(success, prefix[1:], 0).max(-1, initial=0)
     w = jnp.pad(w, ((0, 0), (1, 0)), constant_values=1)  # the root's is 1
     w_tau = jnp.take_along_axis(w, tau[:, None], 1)
-    p_tau = softmax(rows_at(warped, tau))
+    p_tau = rows_at(p, tau)
     q_tau = rows_at(q, jnp.minimum(tau + 1, n - 1))
     q_tau = jnp.where((tau == n - 1)[:, None], 0.0, q_tau)
     residual = jax.nn.relu(w_tau * p_tau - q_tau)

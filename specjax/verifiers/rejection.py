@@ -75,14 +75,13 @@ def _chain(
     """The closed form: m accepted tokens, residual norm(relu(p_m - q_{m+1})), q past the end 0."""
     n = warped.shape[1]
     tokens = draft.tokens[:, 1:, None]  # [B, D, 1]
-    top = peak(warped[:, :-1])
-    mass = jnp.exp(warped[:, :-1] - top).sum(-1)
-    p_token = jnp.exp(jnp.take_along_axis(warped[:, :-1], tokens, 2) - top)[..., 0] / mass
+    p = softmax(warped)
+    p_token = jnp.take_along_axis(p[:, :-1], tokens, 2)[..., 0]
     q_token = jnp.take_along_axis(q[:, 1:], tokens, 2)[..., 0]
     ratio = p_token / jnp.maximum(q_token, _TINY)
     accepted = bernoulli(rng_keys, context, "rejection.accept", ratio)
     m = jnp.cumprod(accepted, 1).sum(1, dtype=jnp.int32)
-    p_m = softmax(rows_at(warped, m))
+    p_m = rows_at(p, m)
     q_m = rows_at(q, jnp.minimum(m + 1, n - 1))
     residual = jax.nn.relu(p_m - jnp.where((m == n - 1)[:, None], 0.0, q_m))
     residual = jnp.where(residual.sum(-1, keepdims=True) > 0, residual, p_m)
