@@ -54,8 +54,8 @@ inline void Score(const float* q, const Vector* columns, int64_t h, float* score
   }
 }
 
-// scores[0:rows, 0:s] = q keys^T; writes up to kLanes - 1 columns more, for which `stride` has room.
-// Meanwhile fetches the values [s, h], which are needed next.
+// scores[0:rows, 0:s] = q keys^T; writes up to kLanes - 1 columns more, for which `stride` has
+// room. Meanwhile fetches the values [s, h], which are needed next.
 template <class Number>
 inline void Scores(int64_t rows, int64_t s, const float* q, const Number* keys,
                    const Number* values, int64_t h, float* scores, int64_t stride,

@@ -1,6 +1,6 @@
 // Products of a few rows with one or several matrices: one pass over the weights, whatever m is.
 //
-//     y_j = norm(x) w_j^T + residual                  or, gated,  silu(norm(x) w_0^T) * (norm(x) w_1^T)
+//     y_j = norm(x) w_j^T + residual    or, gated,    y = silu(norm(x) w_0^T) * (norm(x) w_1^T)
 //
 // A row's result depends on no other row and not on how many there are.
 
@@ -37,8 +37,8 @@ struct Linear {
   std::vector<Matrix<Weight>> matrices;  // two if gated
 };
 
-// Columns of a matrix that a thread claims at once: its share, but neither so few that claiming takes
-// longer than the product, nor so many that another thread might have to wait for this one.
+// Columns of a matrix that a thread claims at once: its share, but neither so few that claiming
+// takes longer than the product, nor so many that another thread might have to wait for this one.
 constexpr int64_t kLeastSpan = 16 << 10, kMostSpan = 512 << 10;  // bytes of weights
 constexpr int64_t kColumns = 32;                                 // a span is a multiple of these
 
@@ -104,10 +104,9 @@ class PackedRows {
   }
 
  private:
-
   BFloat16* begin() {  // a line of the cache begins there
-    return reinterpret_cast<BFloat16*>((reinterpret_cast<uintptr_t>(memory_.data()) + kLine - 1) / kLine *
-                                       kLine);
+    const auto address = reinterpret_cast<uintptr_t>(memory_.data());
+    return reinterpret_cast<BFloat16*>((address + kLine - 1) / kLine * kLine);
   }
 
   uint64_t call_ = 0;

@@ -2,8 +2,8 @@
 //
 // The work of one call takes tens of microseconds; waking a sleeping thread takes as long. So a
 // helper looks for new work for a while before it sleeps. The caller takes indices from the end and
-// helpers take them from the beginning: so a thread mostly gets what it had the last time, and finds
-// the weights of a small model in its own cache.
+// helpers take them from the beginning: so a thread mostly gets what it had the last time, and
+// finds the weights of a small model in its own cache.
 
 #pragma once
 
@@ -17,15 +17,13 @@ namespace specjax {
 
 class Team {
  public:
-  // Calls work(i) for each i in [0, n), on at most `threads` threads, of which the first call decides
-  // the number, or as there are processors. The caller works too, and waits only for what helpers have begun. A call while
-  // another caller has the team runs alone.
+  // Calls work(i) for each i in [0, n), on one thread or on as many as the first call for several
+  // asked for, but no more than there are processors. The caller works too, and waits only for what
+  // helpers have begun. A call while another caller has the team runs alone.
   template <class Work>
   static void For(int64_t threads, int64_t n, const Work& work) {
-    static Team* team = new Team(
-        std::min<int64_t>({threads, std::thread::hardware_concurrency(), kMostThreads}));
-    if (n < 2 || n > kMostIndices || team->helpers_ == 0 ||
-        team->busy_.test_and_set(std::memory_order_acquire)) {
+    Team* team = threads < 2 || n < 2 || n > kMostIndices ? nullptr : Shared(threads);
+    if (!team || team->helpers_ == 0 || team->busy_.test_and_set(std::memory_order_acquire)) {
       for (int64_t i = 0; i < n; ++i) work(i);
       return;
     }
@@ -40,6 +38,12 @@ class Team {
   static constexpr int64_t kMostIndices = (1 << kIndexBits) - 1;
   static constexpr int kPauses = 256;
   static constexpr std::chrono::microseconds kAwake{200};
+
+  static Team* Shared(int64_t threads) {
+    static Team* team = new Team(
+        std::min<int64_t>({threads, std::thread::hardware_concurrency(), kMostThreads}));
+    return team;
+  }
 
   explicit Team(int64_t threads) : helpers_(std::max<int64_t>(0, threads - 1)) {
     for (int64_t i = 0; i < helpers_; ++i) std::thread([this] { Help(); }).detach();

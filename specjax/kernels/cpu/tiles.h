@@ -58,8 +58,8 @@ inline __m512i UpperHalves(__m512i a, __m512i b) {
   return _mm512_permutex2var_epi16(a, _mm512_load_si512(kUpper), b);
 }
 
-// Packs up to kGroup rows x [rows, k]. If there are `gains` [k], each row is first multiplied by them
-// and by its entry of `factors`.
+// Packs up to kGroup rows x [rows, k]. If there are `gains` [k], each row is first multiplied by
+// them and by its entry of `factors`.
 inline void Pack(int64_t rows, const float* x, int64_t k, const float* factors, const float* gains,
                  BFloat16* packed) {
   const __m512 keep = _mm512_castsi512_ps(_mm512_set1_epi32(0xffff0000));
@@ -109,8 +109,8 @@ class TilesInUse {  // by this thread, all of them 16 x 64 bytes
   ~TilesInUse() { _tile_release(); }
 };
 
-// Weights to fetch into the second cache while others are multiplied, in the order of memory: so the
-// processor's own prefetching helps.
+// Weights to fetch into the second cache while others are multiplied, in the order of memory: so
+// the processor's own prefetching helps.
 struct Ahead {
   const char* next;  // null if there is nothing to fetch
   int64_t lines;     // per step

@@ -162,8 +162,8 @@ inline void Transpose(Vector* v) {
 }
 #endif
 
-// exp(x) for x <= 0 to about one unit in the last place; 0 where a float would be subnormal, NaN for
-// NaN.
+// exp(x) for x <= 0 to about one unit in the last place; 0 where a float would be subnormal, NaN
+// for NaN.
 inline Vector Exp(Vector x) {
   constexpr float kLowest = -87.3f, kLog2E = 1.44269504f;
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
