@@ -697,9 +697,7 @@ def absent(
     again afterwards: no process may register them twice.
     """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for name in ("_registered", "_on_tiles", "_library"):
-        unknown = functools.cache(getattr(native, name).__wrapped__)
-        monkeypatch.setattr(native, name, unknown)
+    monkeypatch.setattr(native, "_loaded", functools.cache(native._loaded.__wrapped__))
 
     def check() -> list[str]:
         with caplog.at_level(logging.INFO, logger=native.__name__):

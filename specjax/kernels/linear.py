@@ -69,7 +69,7 @@ def linear(
 ) -> Array:
     """Multiplies rows by a weight matrix stored as [out, in], Hugging Face's own layout.
 
-    Sums are float32, and so are rows beside weights of fewer bits, unless the rows have as few.
+    Rows and weights meet in the wider of their types; sums are float32.
 
     Args:
         x: [..., in], float32 or bfloat16.
@@ -82,7 +82,7 @@ def linear(
         [..., out].
 
     Raises:
-        ValueError: inner dimensions that differ, other dtypes.
+        ValueError: shapes that do not fit, other dtypes.
     """
     (y,) = _apply(x, (w,), norm, residual, False, dtype)
     return y
@@ -124,9 +124,12 @@ def _apply(
     static = _Static(is_gated, 0.0 if norm is None else norm.eps)
     plain = partial(_plain, static)
     if num_rows <= native.few_rows(ws[0].dtype):
-        operands = [None if a is None else a.astype(jnp.float32) for a in (rows, gains, residual)]
-        kernel = partial(_few_rows, static)
-        ys = lax.platform_dependent(*operands, ws, cpu=kernel, default=plain)
+
+        def kernel(*operands: Any) -> tuple[Array, ...]:
+            full = (None if a is None else a.astype(jnp.float32) for a in operands[:3])
+            return _few_rows(static, *full, operands[3])
+
+        ys = lax.platform_dependent(rows, gains, residual, ws, cpu=kernel, default=plain)
     else:
         ys = plain(rows, gains, residual, ws)
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]).astype(result) for y in ys)

@@ -48,7 +48,7 @@ _off = contextvars.ContextVar("off", default=False)
 
 def available() -> bool:
     """Whether what is traced now may call the kernels; builds them at the first question."""
-    return not _off.get() and _registered()
+    return not _off.get() and _loaded() is not None
 
 
 @contextlib.contextmanager
@@ -66,11 +66,11 @@ def few_rows(dtype: jnp.dtype) -> int:
 
     Beyond it XLA's product is no slower.
     """
-    if not available():
+    library = _loaded()
+    if library is None or not available():
         return 0
-    if dtype == jnp.float32:
-        return FEW_ROWS
-    return FEW_ROWS_ON_TILES if _on_tiles() else FEW_ROWS
+    on_tiles = dtype != jnp.float32 and library.SpecjaxOnTiles()
+    return FEW_ROWS_ON_TILES if on_tiles else FEW_ROWS
 
 
 def partition(
@@ -110,35 +110,23 @@ def partition(
 
 
 @functools.cache
-def _registered() -> bool:
-    """Builds and registers the kernels."""
+def _loaded() -> ctypes.CDLL | None:
+    """The library, built if need be, its kernels registered; None without them."""
     if os.environ.get("SPECJAX_CPU_KERNELS", "1") == "0":
-        return False
+        return None
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
         _log.warning("No C++ compiler found; CPU decoding uses XLA's slower operations.")
-        return False
+        return None
     try:
-        library = _library(compiler)
+        library = ctypes.CDLL(str(_build(compiler)))
         for target, symbol in _SYMBOLS.items():
             capsule = jax.ffi.pycapsule(getattr(library, symbol))
             jax.ffi.register_ffi_target(target, capsule, platform="cpu")
     except (OSError, subprocess.SubprocessError, AttributeError, RuntimeError) as error:
         _log.warning("CPU kernels unavailable (%s); using XLA's slower operations.", error)
-        return False
-    return True
-
-
-@functools.cache
-def _on_tiles() -> bool:
-    """Whether this processor multiplies bfloat16 by tiles, and the system lets it."""
-    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    return compiler is not None and bool(_library(compiler).SpecjaxOnTiles())
-
-
-@functools.cache
-def _library(compiler: str) -> ctypes.CDLL:
-    return ctypes.CDLL(str(_build(compiler)))
+        return None
+    return library
 
 
 def _build(compiler: str) -> Path:
