@@ -30,10 +30,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from decode.loops import Timed, loop, rounds
-from decode.profile import parts_of
 from specjax import checkpoints, engine, metrics, plots, prompts, sampling, scripts, theory
 from specjax.build import build, mentions
+from specjax.timing import Timed, loop, rounds
 from specjax.types import Array, DecodeState, Params, Proposal
 
 _TARGET, _DRAFTER, _BOTH = _PASSES = ("target", "drafter", "target and drafter")
@@ -218,6 +217,8 @@ def _engine_method(
     }
 
     def costs(temperature: float) -> dict[str, Timed]:
+        from decode.profile import parts_of  # `scripts.run` has made it known by now
+
         state = prefill(batches[0], temperature)
         parts = parts_of(models.target, drafter, verifier, None, params, state)
         return {part: loop(*parts[part]) for part in _PASSES}

@@ -32,13 +32,13 @@ from rich.console import Console
 from rich.table import Table
 
 from decode import transformers_peer
-from decode.loops import Timed, interleaved, loop, nothing, steps
 from specjax import engine, plots, prompts, sampling
 from specjax.drafters.none import none
 from specjax.kernels import native
 from specjax.kernels.linear import Weights, linear, quantize
 from specjax.models import hf
 from specjax.models.transformer import TransformerConfig, num_params, transformer
+from specjax.timing import Timed, interleaved, loop, nothing, steps
 from specjax.types import Array, Params, PyTree
 from specjax.verifiers.match import match
 

@@ -2,8 +2,8 @@
 
     python decode/profile.py                                     # configs/bench/llama_30m.py
 
-A part runs in a compiled loop on the shapes of the real step, see `decode/loops.py`. Repeats of all
-parts are interleaved, medians are shown.
+A part runs in a compiled loop on the shapes of the real step, see `specjax/timing.py`. Repeats of
+all parts are interleaved, medians are shown.
 
     target       one target pass over the N nodes, mask and positions included
     drafter      the drafter's `propose` and `observe`
@@ -38,12 +38,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from decode.loops import interleaved, loop, nothing, steps
 from specjax import cache as caches
 from specjax import engine, sampling, scripts, trees
 from specjax.build import build
 from specjax.drafters.grow import Choose
 from specjax.models.transformer import TransformerConfig, num_params, transformer
+from specjax.timing import interleaved, loop, nothing, steps
 from specjax.types import (
     Array,
     Block,

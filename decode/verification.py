@@ -40,12 +40,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from decode.loops import nothing
 from specjax import plots, sampling, scripts, trees
 from specjax.build import build
 from specjax.drafters.grow import Builder
 from specjax.kernels.vocabulary import softmax
 from specjax.models.transformer import TransformerConfig, transformer
+from specjax.timing import nothing
 from specjax.types import (
     Array,
     Cache,

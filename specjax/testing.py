@@ -35,6 +35,7 @@ def tiny_model(
     head_dim: int = 8,
     feature_layers: tuple[int, ...] = (),
     dtype: jnp.dtype = jnp.float32,
+    cache_dtype: jnp.dtype | None = None,
 ) -> tuple[Model, PyTree]:
     """A model small enough to enumerate, and its weights.
 
@@ -52,7 +53,7 @@ def tiny_model(
         head_dim=head_dim,
         tie_embeddings=False,
     )
-    model = transformer(config, dtype, feature_layers)
+    model = transformer(config, dtype, feature_layers, cache_dtype)
     params = jax.jit(transformer(config, jnp.float32, feature_layers).init)(jax.random.key(seed))
     params = jax.tree.map(lambda x: x * scale if x.ndim > 1 else x, params)
     return model, jax.tree.map(lambda x: x.astype(dtype), params)

@@ -646,8 +646,11 @@ def test_devices_share_the_kernels() -> None:
 @_NEEDS_COMPILER
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_decoding_goes_through_the_kernel_and_writes_the_same(dtype: str) -> None:
-    """Few rows, as users have them; the laws' large batches take XLA's product."""
-    target, target_params = testing.tiny_model(48, seed=1)
+    """Few rows, as users have them; the laws' large batches take XLA's product.
+
+    `dtype` is that of weights and cache.
+    """
+    target, target_params = testing.tiny_model(48, seed=1, cache_dtype=jnp.dtype(dtype))
     target_params = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, target_params)
     draft, draft_params = testing.tiny_model(48, seed=2, hidden_size=8)
     decoder = engine.decoder(target, model(draft, grow.chain(3, grow.coupled())), match())

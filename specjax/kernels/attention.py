@@ -37,10 +37,10 @@ def attend(
 ) -> tuple[Array, Array, Array]:
     """Rotary softmax attention over the prefix's history and the block, the new tokens last in it.
 
-    On CPU up to `native.FEW_ROWS` tokens go through a kernel that reads only the slots in use. Each
-    row sums over the keys it sees in order of their positions, so a token's result does not depend
-    on how much of its history is in the prefix already. Keys and values of the block have the
-    prefix's type, all sums are float32.
+    On CPU up to `native.FEW_ROWS` float32 tokens go through a kernel that reads only the slots in
+    use. Each row sums over the keys it sees in order of their positions, so a token's result does
+    not depend on how much of its history is in the prefix already. Keys and values of the block
+    have the prefix's type, all sums are float32.
 
     Args:
         queries: [B, N, Q, H], before rotation; Q is a multiple of K, consecutive ones share a key.
@@ -61,15 +61,11 @@ def attend(
     arrays = (queries, keys, values, cos, sin, mask, *prefix, *block)
     stored = {x.dtype for x in (*prefix[:2], *block)}
     served = stored in ({jnp.dtype(jnp.float32)}, {jnp.dtype(jnp.bfloat16)})
+    served &= queries.dtype == jnp.float32  # others would be rounded otherwise than in training
     if n > native.FEW_ROWS or not prefix[0].shape[2] or not served or not native.available():
         return _two_products(*arrays)
 
-    def kernel(*arrays: Array) -> tuple[Array, Array, Array]:
-        news = (x.astype(jnp.float32) for x in arrays[:3])
-        mixed, keys, values = _few_rows(*news, *arrays[3:])
-        return mixed.astype(queries.dtype), keys, values
-
-    return lax.platform_dependent(*arrays, cpu=kernel, default=_two_products)
+    return lax.platform_dependent(*arrays, cpu=_few_rows, default=_two_products)
 
 
 @jax.custom_vjp

@@ -117,13 +117,17 @@ def transformer(
     config: TransformerConfig,
     dtype: jnp.dtype = jnp.float32,
     feature_layers: tuple[int, ...] = (),
+    cache_dtype: jnp.dtype | None = None,
 ) -> Model:
     """Builds the model's pure functions.
 
     Args:
         config: its shape.
-        dtype: of parameters, activations and cache; norms, softmax and logits are float32 anyway.
+        dtype: of new parameters, activations and cache; norms, softmax and logits are float32
+            anyway. Parameters may be of fewer bits than activations, matrices `Int8`.
         feature_layers: layers whose input residual joins `ModelOutput.features`.
+        cache_dtype: of the cache, if another; keys and values are rounded to it at once, so a
+            token's result does not depend on whether its history is in the cache already.
 
     Raises:
         ValueError: heads that cannot be grouped, an odd head size, a layer that does not exist.
@@ -148,7 +152,7 @@ def transformer(
 
     def init_cache(batch_size: int, max_length: int) -> Cache:
         shape = (batch_size, c.num_kv_heads, max_length, c.head_dim)
-        return caches.empty(c.num_layers, shape, dtype)
+        return caches.empty(c.num_layers, shape, cache_dtype or dtype)
 
     def apply(
         params: PyTree,
