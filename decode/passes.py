@@ -2,11 +2,12 @@
 
     python decode/benchmark.py --config=configs/bench/cpu_kernels.py
 
-Random models, batch 1, a context of `context_length` tokens. Each variant keeps its weights in its
-own type, with the CPU's kernels or without. Passes are timed in compiled loops, plain decoding in
-the engine and, on the same weights, in transformers; repeats of all are interleaved, medians shown.
-Bandwidth is that of the bytes a pass must read, weights and cache, beside what the machine reads
-when it does nothing else. `products` are timed alone beside PyTorch's, which on CPU are oneDNN's.
+Random models, batch 1, a context of `context_length` tokens. A pass ends with the likeliest token
+at each place. Each variant keeps its weights in its own type, with the CPU's kernels or without.
+Passes are timed in compiled loops, plain decoding in the engine and, on the same weights, in
+transformers; repeats of all are interleaved, medians shown. Bandwidth is that of the bytes a pass
+must read, weights and cache, beside what the machine reads when it does nothing else. `products`
+are timed alone beside PyTorch's, which on CPU are oneDNN's.
 Writes results.json, results.md and results.png into `config.output`.
 """
 
@@ -36,6 +37,7 @@ from specjax import engine, plots, prompts, sampling
 from specjax.drafters.none import none
 from specjax.kernels import native
 from specjax.kernels.linear import Weights, linear, quantize
+from specjax.kernels.vocabulary import argmax
 from specjax.models import hf
 from specjax.models.transformer import TransformerConfig, num_params, transformer
 from specjax.timing import Timed, interleaved, loop, nothing, steps
@@ -138,7 +140,7 @@ def _model(
             positions = cache.length[:, None] + jnp.arange(n)
             mask = jnp.tril(jnp.ones((1, n, n), bool))
             output, _ = model.apply(weights, tokens, positions, mask, cache)
-            return tokens + nothing(output.logits)
+            return tokens + nothing(argmax(output.logits))  # as a verifier would choose
 
         for n in c.num_tokens:
             tokens = jnp.ones((1, n), jnp.int32)
