@@ -188,10 +188,8 @@ def _model(
     return records
 
 
-@contextlib.contextmanager
-def _kernels(used: bool) -> Any:
-    with contextlib.nullcontext() if used else native.disabled():
-        yield
+def _kernels(used: bool) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if used else native.disabled()
 
 
 def _traced(timed: Timed, kernels: bool) -> Timed:

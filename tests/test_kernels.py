@@ -201,6 +201,13 @@ def test_nan_and_infinity_of_weights_stay_in_their_column(
     _assert_same_specials(spoilt, exact)
 
 
+@pytest.mark.parametrize("kind", _KINDS)
+def test_a_sum_of_nothing_is_zero(kind: str) -> None:
+    w = _KINDS[kind](jnp.zeros((40, 3)))
+    w = w.replace(values=w.values[:, :0]) if isinstance(w, Int8) else w[:, :0]
+    np.testing.assert_array_equal(linear(jnp.ones((7, 0)), w), np.zeros((7, 40)))
+
+
 def _shaped(dtype: str, *shape: int) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype)
 

@@ -64,7 +64,6 @@ def attend(
     served &= queries.dtype == jnp.float32  # others would be rounded otherwise than in training
     if n > native.FEW_ROWS or not prefix[0].shape[2] or not served or not native.available():
         return _two_products(*arrays)
-
     return lax.platform_dependent(*arrays, cpu=_few_rows, default=_two_products)
 
 

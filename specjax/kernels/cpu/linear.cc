@@ -81,10 +81,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SpecjaxLinear, specjax::Dispatch,
                                   .Attr<bool>("gated")
                                   .Attr<float>("eps"));
 
-extern "C" bool SpecjaxOnTiles() {
+extern "C" int SpecjaxOnTiles() {
 #if defined(SPECJAX_TILES)
   return specjax::TilesAllowed();
 #else
-  return false;
+  return 0;
 #endif
 }

@@ -19,6 +19,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 
 #include "vector.h"
 
@@ -228,6 +229,7 @@ inline bool ProductOfGroup(int64_t rows, int64_t columns, const BFloat16* x, con
   alignas(64) float sums[2 * Tiles * 256 + 2 * kTile], added[2 * Tiles * 256];
   alignas(64) BFloat16 copy[2][kTile * kPitch];
   const int64_t first = std::min<int64_t>(kTile, columns), second = columns - first;
+  if (k == 0) std::fill(sums, std::end(sums), 0.0f);
   for (int64_t i = 0; i < k; i += kChunk) {
     const int64_t width = std::min(kChunk, k - i);
     const BFloat16 *w0 = nullptr, *w1 = nullptr;
@@ -288,7 +290,7 @@ inline bool ProductOfPacked(int64_t m, int64_t columns, const BFloat16* x, const
   bool nan = false;
   for (int64_t c = 0; c < columns; c += kWidth, w += kWidth * k) {
     const int64_t width = std::min<int64_t>(kWidth, columns - c);
-    const bool fetches = (NumTiles(m) > 1) && c + 2 * kWidth <= columns;
+    const bool fetches = NumTiles(m) > 1 && c + 2 * kWidth <= columns;
     const char* next = fetches ? reinterpret_cast<const char*>(w + kWidth * k) : nullptr;
     const BFloat16* group = x;
     for (int64_t r = 0; r < m; r += kGroup) {
