@@ -382,7 +382,8 @@ void Compare(const Call<Number>& call) {
 template <class Number>
 void CheckAttention(Random& random, int64_t threads) {
   const int64_t b = random.Int(1, 3), n = random.Int(1, 12), k = random.Int(1, 3);
-  const int64_t g = random.Int(1, 4), h = 2 * random.Int(1, 40), s = random.Int(0, 60);
+  const int64_t g = random.Int(1, 4), h = 2 * random.Int(1, 40);
+  const int64_t s = random.Int(0, 4) ? random.Int(0, 60) : random.Int(100, 300);
   const int64_t m = n + (random.Bool() ? random.Int(0, 20) : 0);
   Call<Number> call(random, b, n, k, g, h, s, m);
   for (const auto* array : {&call.queries, &call.keys, &call.values}) Fill(random, *array);
@@ -449,7 +450,8 @@ void CheckAttention(Random& random, int64_t threads) {
 // The last of a chain of tokens, whatever part of the chain is in the prefix already.
 template <class Number>
 void CheckPlaces(Random& random, int64_t threads) {
-  const int64_t length = random.Int(2, 30), k = 2, g = random.Int(1, 3), h = 2 * random.Int(1, 40);
+  const int64_t length = random.Int(2, random.Bool() ? 30 : 150), k = 2;
+  const int64_t g = random.Int(1, 3), h = 2 * random.Int(1, 40);
   Call<Number> whole(random, 1, length, k, g, h, 1, length);
   for (const auto* array : {&whole.queries, &whole.keys, &whole.values}) Fill(random, *array);
   for (int64_t i = 0; i < whole.cos.size; ++i) {
@@ -461,7 +463,7 @@ void CheckPlaces(Random& random, int64_t threads) {
   whole.prefix_length[0] = 0;
   for (int64_t i = 0; i < length * length; ++i) whole.mask[i] = i % length <= i / length;
   Run(threads, whole.f);
-  for (int64_t j : {int64_t{1}, length / 2, length - 1}) {
+  for (int64_t j : {int64_t{1}, length / 2, (length - 1) / 32 * 32, length - 1}) {
     const int64_t n = length - j, slots = j + random.Int(0, 5);
     Call<Number> call(random, 1, n, k, g, h, slots, n);
     std::copy_n(whole.queries.data() + j * k * g * h, call.queries.size, call.queries.data());

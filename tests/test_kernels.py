@@ -327,20 +327,27 @@ class _Chain(NamedTuple):
 
 def _chain(dtype: str, tokens: int = 13, k: int = 2, g: int = 3, h: int = 22) -> _Chain:
     operands = _attention(1, tokens, k, g, h, 1, tokens, dtype)
-    nothing, none = operands[6:8], jnp.zeros(1, jnp.int32)
     causal = jnp.tril(jnp.ones((1, tokens, tokens), bool))
-    prefix = (*nothing, none)
-    mixed, *block = attention.attend(*operands[:5], causal, prefix)
+    no_prefix = (*operands[6:8], jnp.zeros(1, jnp.int32))
+    mixed, *block = attention._few_rows(*operands[:5], causal, *no_prefix, *operands[9:])
     return _Chain(operands[:5], mixed, (block[0], block[1]))
 
 
 @_NEEDS_COMPILER
 @_EVERY_CACHE
-def test_attention_does_not_depend_on_where_history_lies(dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "places"),
+    [
+        (13, [(0, 1), (1, 0), (5, 3), (5, 7), (12, 0)]),
+        (70, [(30, 20), (31, 9), (32, 8), (50, 0), (64, 5), (69, 0)]),  # tiles add up 32 positions
+    ],
+)
+def test_attention_does_not_depend_on_where_history_lies(
+    tokens: int, places: list[tuple[int, int]], dtype: str
+) -> None:
     """Some of it in the prefix, some in the block, the rest new; the slots beyond hold NaN."""
-    chain = _chain(dtype)
-    tokens = chain.mixed.shape[1]
-    for committed, earlier in ((0, 1), (1, 0), (5, 3), (5, 7), (tokens - 1, 0)):
+    chain = _chain(dtype, tokens)
+    for committed, earlier in places:
         first = committed + earlier
         beyond = ((0, 0), (0, 0), (0, 4), (0, 0))
         slots = (jnp.pad(x[:, :, :committed], beyond, constant_values=jnp.nan) for x in chain.block)

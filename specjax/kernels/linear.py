@@ -106,6 +106,15 @@ class _Static(NamedTuple):
     eps: float
 
 
+class _Operands(NamedTuple):
+    """A call's arrays."""
+
+    rows: Array  # [m, in]
+    gains: Array | None  # [in], of the norm
+    residual: Array | None  # [m, out]
+    ws: tuple[Weights, ...]  # [out_i, in]
+
+
 def _apply(
     x: Array,
     ws: tuple[Weights, ...],
@@ -115,23 +124,25 @@ def _apply(
     dtype: jnp.dtype | None,
 ) -> tuple[Array, ...]:
     _check(x, ws, norm, residual, is_gated)
-    result = x.dtype if dtype is None else dtype
     num_rows = math.prod(x.shape[:-1])
-    rows = x.reshape(num_rows, x.shape[-1])
-    gains = None if norm is None else norm.weight
-    if residual is not None:
-        residual = residual.reshape(num_rows, residual.shape[-1])
+    operands = _Operands(
+        x.reshape(num_rows, x.shape[-1]),
+        None if norm is None else norm.weight,
+        None if residual is None else residual.reshape(num_rows, residual.shape[-1]),
+        ws,
+    )
     static = _Static(is_gated, 0.0 if norm is None else norm.eps)
     plain = partial(_plain, static)
     if num_rows <= native.few_rows(ws[0].dtype):
 
-        def kernel(*operands: Any) -> tuple[Array, ...]:
-            full = (None if a is None else a.astype(jnp.float32) for a in operands[:3])
-            return _few_rows(static, *full, operands[3])
+        def kernel(operands: _Operands) -> tuple[Array, ...]:
+            full = jax.tree.map(lambda a: a.astype(jnp.float32), operands._replace(ws=()))
+            return _few_rows(static, full._replace(ws=operands.ws))
 
-        ys = lax.platform_dependent(rows, gains, residual, ws, cpu=kernel, default=plain)
+        ys = lax.platform_dependent(operands, cpu=kernel, default=plain)
     else:
-        ys = plain(rows, gains, residual, ws)
+        ys = plain(operands)
+    result = x.dtype if dtype is None else dtype
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]).astype(result) for y in ys)
 
 
@@ -169,14 +180,9 @@ def _check(
         raise ValueError(f"The product is {wanted}, its residual {residual.shape}; need the same.")
 
 
-def _plain(
-    static: _Static,
-    x: Array,
-    gains: Array | None,
-    residual: Array | None,
-    ws: tuple[Weights, ...],
-) -> tuple[Array, ...]:
+def _plain(static: _Static, operands: _Operands) -> tuple[Array, ...]:
     """The same in XLA's own operations."""
+    x, gains, residual, ws = operands
     if gains is not None:
         x = RMSNorm(gains, static.eps)(x)
     ys = tuple(_dot(x, w) for w in ws)
@@ -198,24 +204,17 @@ def _dot(x: Array, w: Weights) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _few_rows(
-    static: _Static,
-    x: Array,
-    gains: Array | None,
-    residual: Array | None,
-    ws: tuple[Weights, ...],
-) -> tuple[Array, ...]:
+def _few_rows(static: _Static, operands: _Operands) -> tuple[Array, ...]:
     """The kernel, for all rows at once under `vmap` and for a device's own under sharding."""
     kernel = custom_vmap(partial(_sharded, static))
 
     @kernel.def_vmap
-    def rule(size: int, batched: Any, *operands: Any) -> tuple[tuple[Array, ...], Any]:
-        x, gains, residual, ws = operands
-        of_rows, of_gains, of_residual, of_ws = batched
-        several = (True,) * (1 if static.gated else len(ws))
-        if any(jax.tree.leaves((of_gains, of_ws))):
-            axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched)
-            return jax.vmap(partial(_plain, static), axes, axis_size=size)(*operands), several
+    def rule(size: int, batched: Any, operands: _Operands) -> tuple[tuple[Array, ...], Any]:
+        (are,) = batched
+        several = (True,) * (1 if static.gated else len(operands.ws))
+        if any(jax.tree.leaves((are.gains, are.ws))):
+            axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, are)
+            return jax.vmap(partial(_plain, static), (axes,), axis_size=size)(operands), several
 
         def merged(a: Any, is_batched: Any) -> Any:
             if a is None:
@@ -223,31 +222,35 @@ def _few_rows(
             a = a if is_batched else jnp.broadcast_to(a, (size, *a.shape))
             return a.reshape(-1, a.shape[-1])
 
-        rows, residual = merged(x, of_rows), merged(residual, of_residual)
-        few = len(rows) <= native.few_rows(ws[0].dtype)
-        ys = kernel(rows, gains, residual, ws) if few else _plain(static, rows, gains, residual, ws)
+        operands = operands._replace(
+            rows=merged(operands.rows, are.rows),
+            residual=merged(operands.residual, are.residual),
+        )
+        few = len(operands.rows) <= native.few_rows(operands.ws[0].dtype)
+        ys = kernel(operands) if few else _plain(static, operands)
         return tuple(y.reshape(size, -1, y.shape[-1]) for y in ys), several
 
-    return kernel(x, gains, residual, ws)
+    results: tuple[Array, ...] = kernel(operands)
+    return results
 
 
-def _forward(static: _Static, *operands: Any) -> tuple[tuple[Array, ...], Any]:
-    return _few_rows(static, *operands), operands
+def _forward(static: _Static, operands: _Operands) -> tuple[tuple[Array, ...], _Operands]:
+    return _few_rows(static, operands), operands
 
 
-def _backward(static: _Static, operands: Any, d_results: tuple[Array, ...]) -> Any:
-    return jax.vjp(partial(_plain, static), *operands)[1](d_results)
+def _backward(static: _Static, operands: _Operands, d_results: tuple[Array, ...]) -> Any:
+    return jax.vjp(partial(_plain, static), operands)[1](d_results)
 
 
 _few_rows.defvjp(_forward, _backward)
 
 
-def _sharded(static: _Static, *operands: Any) -> tuple[Array, ...]:
+def _sharded(static: _Static, operands: _Operands) -> tuple[Array, ...]:
     """Rows may lie on different devices, and so may the outputs of each matrix."""
     flat, tree = jax.tree.flatten(operands)
 
     def part(*flat: Array) -> tuple[Array, ...]:
-        return _kernel(static, *jax.tree.unflatten(tree, flat))
+        return _kernel(static, jax.tree.unflatten(tree, flat))
 
     kernel = custom_partitioning(part)
     _, gains, residual, ws = operands
@@ -264,13 +267,8 @@ def _sharded(static: _Static, *operands: Any) -> tuple[Array, ...]:
     return kernel(*flat)
 
 
-def _kernel(
-    static: _Static,
-    x: Array,
-    gains: Array | None,
-    residual: Array | None,
-    ws: tuple[Weights, ...],
-) -> tuple[Array, ...]:
+def _kernel(static: _Static, operands: _Operands) -> tuple[Array, ...]:
+    x, gains, residual, ws = operands
     num_results = 1 if static.gated else len(ws)
     results = [jax.ShapeDtypeStruct((len(x), w.shape[0]), jnp.float32) for w in ws[:num_results]]
     call = jax.ffi.ffi_call(native.LINEAR, results)

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "threads.h"
+#include "tiles.h"
 #include "vector.h"
 
 namespace specjax {
@@ -30,6 +31,7 @@ struct Attention {
 };
 
 constexpr int kMaxVectors = 4;
+constexpr int64_t kPadding = 32;  // of a row's weights, so that tiles can multiply them
 
 // scores[r, 0:16] = sum_j q[r, j] columns[j] for `Rows` rows: 16 keys at once, two sums for each.
 template <int Rows>
@@ -190,6 +192,224 @@ inline void Rotate(const float* x, const float* cos, const float* sin, int64_t h
   }
 }
 
+// The rows of one head: their queries, and places for what becomes of them.
+template <class Number>
+struct Head {
+  int64_t nodes, group, h, length, m;
+  const Number *prefix_keys, *prefix_values;  // [length, h]
+  const Number *keys, *values;                // [m, h], of the block
+  const float* queries;                       // [nodes * group, h], rotated and scaled
+  const int32_t* seen;                        // slots of the block, for each node
+  const int64_t* ends;                        // [nodes + 1], of each node's and of those before
+  float* scores;                              // [nodes * group, width]
+  int64_t width;
+  float* of_block;  // [nodes * group, block_width], scores of every node
+  int64_t block_width;
+  float* out;  // [nodes * group, h]
+};
+
+// A row's scores to weights of what it sees, in order of positions, with zeros up to a multiple of
+// kPadding. Returns their sum.
+template <class Number>
+inline float Weights(const Head<Number>& a, int64_t r) {
+  const int64_t node = r / a.group;
+  float* weights = a.scores + r * a.width;
+  int64_t end = a.length;
+  for (int64_t i = a.ends[node]; i < a.ends[node + 1]; ++i) {
+    weights[end++] = a.of_block[r * a.block_width + a.seen[i]];
+  }
+  const int64_t padded = (end + kPadding - 1) / kPadding * kPadding;
+  std::fill(weights + end, weights + padded, -std::numeric_limits<float>::infinity());
+  return Softmax(weights, padded);
+}
+
+// out = softmax(queries keys^T) values.
+template <class Number>
+inline void Attend(const Head<Number>& a) {
+  const int64_t rows = a.nodes * a.group, h = a.h;
+  thread_local std::vector<Vector> columns;
+  thread_local std::vector<float> totals;
+  columns.resize(h + kLanes);
+  totals.resize(rows);
+  Scores(rows, a.length, a.queries, a.prefix_keys, a.prefix_values, h, a.scores, a.width,
+         columns.data());
+  Scores(rows, a.m, a.queries, a.keys, a.values, h, a.of_block, a.block_width, columns.data());
+  for (int64_t r = 0; r < rows; ++r) totals[r] = Weights(a, r);
+  std::fill_n(a.out, rows * h, 0.0f);
+  MixAll(rows, a.length, a.scores, a.width, a.prefix_values, h, a.out);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t begin = a.ends[r / a.group], end = a.ends[r / a.group + 1];
+    float* out = a.out + r * h;
+    MixSeen(end - begin, a.seen + begin, a.scores + r * a.width + a.length, a.values, h, out);
+    for (int64_t j = 0; j < h; ++j) out[j] /= totals[r];
+  }
+}
+
+#if defined(SPECJAX_TILES)
+// Scores of bfloat16 keys; meanwhile fetches the values.
+inline void ScoresOnTiles(int64_t rows, int64_t s, const BFloat16* packed, const BFloat16* keys,
+                          const BFloat16* values, int64_t h, float* scores, int64_t stride) {
+  for (int64_t i = 0; i < s; i += kWidth) {
+    const int64_t count = std::min<int64_t>(kWidth, s - i);
+    const char* soon = reinterpret_cast<const char*>(values + i * h);
+    for (int64_t j = 0; j < count * h * 2; j += kLine) _mm_prefetch(soon + j, _MM_HINT_T1);
+    const BFloat16* next = i + 2 * kWidth <= s ? keys + (i + kWidth) * h : nullptr;
+    ProductOfPacked(rows, count, packed, keys + i * h, next, scores + i, h, stride);
+  }
+}
+
+// Packs the values [begin, end) as tiles multiply by them, [steps, h / 32, 2, 16, 32]: two rows side
+// by side, zeros beyond `count` rows and h columns. `begin` is even; row i lies at `row(i)`.
+template <class Row>
+inline void PackValues(int64_t begin, int64_t end, int64_t count, const Row& row, int64_t h,
+                       BFloat16* packed) {
+  alignas(64) static constexpr uint16_t kPairs[2][kStep] = {
+      {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+      {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+       24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
+  const __m512i low = _mm512_load_si512(kPairs[0]), high = _mm512_load_si512(kPairs[1]);
+  const int64_t full = (h + kStep - 1) / kStep * kStep;
+  for (int64_t i = begin; i < end; i += 2) {
+    const BFloat16* first = i < count ? row(i) : nullptr;
+    const BFloat16* second = i + 1 < count ? row(i + 1) : nullptr;
+    BFloat16* to = packed + i / kStep * kStep * full + i % kStep / 2 * kStep;
+    for (int64_t j = 0; j < h; j += kStep, to += 2 * kTile * kStep) {
+      const __mmask32 mask = h - j >= kStep ? ~0u : (1u << (h - j)) - 1;
+      const __m512i a = first ? _mm512_maskz_loadu_epi16(mask, first + j) : _mm512_setzero_si512();
+      const __m512i b = second ? _mm512_maskz_loadu_epi16(mask, second + j) : _mm512_setzero_si512();
+      _mm512_store_si512(to, _mm512_permutex2var_epi16(a, low, b));
+      _mm512_store_si512(to + kTile * kStep, _mm512_permutex2var_epi16(a, high, b));
+    }
+  }
+}
+
+// to [16 Rows, 32] = from + weights values: rows of parts `pitch` apart, packed values [steps, 2, 16,
+// 32]; rows of `from` and `to` are `full` apart.
+template <int Rows>
+inline void MixTiles(const BFloat16* weights, int64_t pitch, const BFloat16* values, int64_t steps,
+                     const float* from, float* to, int64_t full) {
+  const int64_t stride = pitch * sizeof(BFloat16), row = full * sizeof(float);
+  asm volatile("" ::: "memory");  // as in Multiply
+  _tile_loadd(0, from, row);
+  _tile_loadd(1, from + kTile, row);
+  if constexpr (Rows > 1) {
+    _tile_loadd(2, from + kTile * full, row);
+    _tile_loadd(3, from + kTile * full + kTile, row);
+  }
+  for (int64_t step = 0; step < steps; ++step, weights += kStep, values += kStep * full) {
+    _tile_loadd(4, weights, stride);
+    _tile_loadd(6, values, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, values + kTile * kStep, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (Rows > 1) {
+      _tile_loadd(5, weights + kTile * pitch, stride);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, to, row);
+  _tile_zero(0);
+  _tile_stored(1, to + kTile, row);
+  _tile_zero(1);
+  if constexpr (Rows > 1) {
+    _tile_stored(2, to + kTile * full, row);
+    _tile_zero(2);
+    _tile_stored(3, to + kTile * full + kTile, row);
+    _tile_zero(3);
+    _tile_zero(5);
+  }
+  _tile_zero(4);
+}
+
+// The same for `rows` rows of parts, or a few more, and all columns.
+inline void MixParts(int64_t rows, const BFloat16* weights, int64_t pitch, const BFloat16* values,
+                     int64_t steps, const float* from, float* to, int64_t full) {
+  for (int64_t r = 0; r < rows; r += 2 * kTile) {
+    for (int64_t j = 0; j < full; j += kStep) {
+      const int64_t at = r * full + j;
+      auto* mix = rows - r > kTile ? MixTiles<2> : MixTiles<1>;
+      mix(weights + r * pitch, pitch, values + j * kStep, steps, from + at, to + at, full);
+    }
+  }
+}
+
+// The same on tiles. They add up 32 positions at once: those of the prefix that fill such steps are
+// shared by all rows; the rest of the prefix and what a node sees of the block it has for itself.
+inline void AttendOnTiles(const Head<BFloat16>& a) {
+  constexpr int64_t kMost = 128;  // values packed at once
+  const TilesInUse tiles(true);
+  const int64_t rows = a.nodes * a.group, own = kParts * a.group, h = a.h;
+  const int64_t full = (h + kWidth - 1) / kWidth * kWidth;  // columns of tiles
+  const int64_t shared = a.length / kStep * kStep;
+  const int64_t pitch = Steps(a.width) * kStep + kStep, padded = kParts * rows + kWidth + own;
+  thread_local Scratch<BFloat16> for_queries, for_parts, for_values;
+  thread_local Scratch<float> for_sums;
+  thread_local std::vector<float> totals;
+  BFloat16* queries = for_queries.Of(PackedSize(rows, h));
+  BFloat16* parts = for_parts.Of(padded * pitch);  // [rows, 3, pitch] of weights
+  BFloat16* values = for_values.Of((std::max(kMost, a.m) + 2 * kStep) * full);
+  float* sums = for_sums.Of((padded + own + kWidth) * full);  // [rows, 3, full]
+  float* ending = sums + padded * full;                       // the same of one node
+  totals.resize(rows);
+
+  Pack(rows, a.queries, h, nullptr, nullptr, queries);
+  ScoresOnTiles(rows, a.length, queries, a.prefix_keys, a.prefix_values, h, a.scores, a.width);
+  ScoresOnTiles(rows, a.m, queries, a.keys, a.values, h, a.of_block, a.block_width);
+  for (int64_t r = 0; r < rows; ++r) {
+    totals[r] = Weights(a, r);
+    const int64_t node = r / a.group, end = a.length + a.ends[node + 1] - a.ends[node];
+    for (int64_t i = 0; i < end; i += kStep) {
+      __m512i of_step[kParts];
+      const float* weights = a.scores + r * a.width + i;
+      Split(_mm512_loadu_ps(weights), _mm512_loadu_ps(weights + kTile), of_step, 1);
+      for (int64_t part = 0; part < kParts; ++part) {
+        _mm512_store_si512(parts + (kParts * r + part) * pitch + i, of_step[part]);
+      }
+    }
+  }
+
+  std::fill_n(sums, padded * full, 0.0f);
+  for (int64_t i = 0; i < shared; i += kMost) {
+    const int64_t count = std::min(kMost, shared - i);
+    auto value = [&](int64_t j) { return a.prefix_values + (i + j) * h; };
+    PackValues(0, count, count, value, h, values);
+    float* to = sums;
+    MixParts(kParts * rows, parts + i, pitch, values, Steps(count), to, to, full);
+  }
+  const int64_t left = a.length - shared;
+  std::fill_n(values, Steps(left + a.m) * kStep * full, BFloat16{});
+  int64_t packed = 0;  // values that are not zeros
+  const int32_t* before = nullptr;
+  for (int64_t node = 0; node < a.nodes; ++node) {
+    const int32_t* seen = a.seen + a.ends[node];
+    const int64_t count = left + a.ends[node + 1] - a.ends[node];
+    auto value = [&](int64_t j) {
+      return j < left ? a.prefix_values + (shared + j) * h : a.values + seen[j - left] * h;
+    };
+    int64_t same = 0;  // values that the node before sees too
+    if (before) {
+      const int64_t most = std::min(count, packed);
+      for (same = left; same < most && seen[same - left] == before[same - left];) ++same;
+    }
+    PackValues(same / 2 * 2, std::max(count, packed), count, value, h, values);
+    packed = count;
+    before = seen;
+    MixParts(own, parts + node * own * pitch + shared, pitch, values, Steps(count),
+             sums + node * own * full, ending, full);
+    for (int64_t r = 0; r < a.group; ++r) {
+      const float* of_row = ending + kParts * r * full;
+      float* out = a.out + (node * a.group + r) * h;
+      for (int64_t j = 0; j < h; ++j) {
+        const float sum = of_row[j] + (of_row[full + j] + of_row[2 * full + j]);
+        out[j] = sum / totals[node * a.group + r];
+      }
+    }
+  }
+}
+#endif
+
 template <class Number>
 void Run(int64_t threads, const Attention<Number>& f) {
   const int64_t n = f.n, h = f.h, m = f.m, earlier = m - n, rows = n * f.group;
@@ -210,34 +430,11 @@ void Run(int64_t threads, const Attention<Number>& f) {
       }
     }
 
-    const int64_t length = std::clamp<int64_t>(f.prefix_length[b], 0, f.slots);
-    const int64_t block = (m + kLanes - 1) / kLanes * kLanes;
-    const int64_t width = (length + m + kLanes - 1) / kLanes * kLanes + kLanes;
-    thread_local std::vector<float> scratch;
-    thread_local std::vector<Vector> columns;
-    scratch.resize(rows * (width + block + 2 * h));
-    columns.resize(h + kLanes);
-    float* scores = scratch.data();              // [rows, width]: the prefix, then what is seen
-    float* of_block = scores + rows * width;     // [rows, block]: of every node
-    float* q = of_block + rows * block;          // [rows, h]
-    float* out = q + rows * h;                   // [rows, h]
-    auto place = [&](int64_t r) {  // of row r of this head in queries and mixed
-      return (((b * n + r / f.group) * f.kv_heads + head) * f.group + r % f.group) * h;
-    };
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t angle = (b * n + r / f.group) * (h / 2);
-      Rotate(f.queries + place(r), f.cos + angle, f.sin + angle, h, scale, q + r * h);
-    }
-    const Number* prefix_values = f.prefix_values + item * f.slots * h;
-    Scores(rows, length, q, f.prefix_keys + item * f.slots * h, prefix_values, h, scores, width,
-           columns.data());
-    Scores(rows, m, q, keys, values, h, of_block, block, columns.data());
-    std::fill_n(out, rows * h, 0.0f);
-    thread_local std::vector<int32_t> seen;  // slots of the block, for each node
+    thread_local std::vector<int32_t> seen;
+    thread_local std::vector<int64_t> ends;
     seen.clear();
     seen.reserve(n * m);
-    thread_local std::vector<int64_t> ends;
-    ends.clear();
+    ends.assign(1, 0);
     for (int64_t i = 0; i < n; ++i) {
       const bool* mask = f.mask + (b * n + i) * m;
       for (int64_t j = 0; j < m; ++j) {
@@ -245,25 +442,45 @@ void Run(int64_t threads, const Attention<Number>& f) {
       }
       ends.push_back(seen.size());
     }
+
+    Head<Number> a;
+    a.nodes = n;
+    a.group = f.group;
+    a.h = h;
+    a.length = std::clamp<int64_t>(f.prefix_length[b], 0, f.slots);
+    a.m = m;
+    a.prefix_keys = f.prefix_keys + item * f.slots * h;
+    a.prefix_values = f.prefix_values + item * f.slots * h;
+    a.keys = keys;
+    a.values = values;
+    a.seen = seen.data();
+    a.ends = ends.data();
+    a.width = (a.length + m + kPadding - 1) / kPadding * kPadding + kLanes;
+    a.block_width = (m + kLanes - 1) / kLanes * kLanes;
+    thread_local std::vector<float> scratch;
+    scratch.resize(rows * (a.width + a.block_width + 2 * h));
+    a.scores = scratch.data();
+    a.of_block = a.scores + rows * a.width;
+    a.out = a.of_block + rows * a.block_width;
+    float* queries = a.out + rows * h;
+    a.queries = queries;
+    auto place = [&](int64_t r) {  // of row r of this head in queries and mixed
+      return (((b * n + r / f.group) * f.kv_heads + head) * f.group + r % f.group) * h;
+    };
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t node = r / f.group;
-      float* of_row = scores + r * width;
-      int64_t end = length;
-      for (int64_t i = node ? ends[node - 1] : 0; i < ends[node]; ++i) {
-        of_row[end++] = of_block[r * block + seen[i]];
-      }
-      const int64_t padded = (end + kLanes - 1) / kLanes * kLanes;
-      std::fill(of_row + end, of_row + padded, -std::numeric_limits<float>::infinity());
-      of_block[r * block] = Softmax(of_row, padded);  // the total: these scores are used up
+      const int64_t angle = (b * n + r / f.group) * (h / 2);
+      Rotate(f.queries + place(r), f.cos + angle, f.sin + angle, h, scale, queries + r * h);
     }
-    MixAll(rows, length, scores, width, prefix_values, h, out);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t node = r / f.group, begin = node ? ends[node - 1] : 0;
-      MixSeen(ends[node] - begin, seen.data() + begin, scores + r * width + length, values, h,
-              out + r * h);
-      float* to = f.mixed + place(r);
-      for (int64_t j = 0; j < h; ++j) to[j] = out[r * h + j] / of_block[r * block];
+#if defined(SPECJAX_TILES)
+    if constexpr (sizeof(Number) == sizeof(BFloat16)) {
+      TilesAllowed() ? AttendOnTiles(a) : Attend(a);
+    } else {
+      Attend(a);
     }
+#else
+    Attend(a);
+#endif
+    for (int64_t r = 0; r < rows; ++r) std::copy_n(a.out + r * h, h, f.mixed + place(r));
   });
 }
 

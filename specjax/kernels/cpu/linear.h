@@ -37,10 +37,11 @@ struct Linear {
   std::vector<Matrix<Weight>> matrices;  // two if gated
 };
 
-// Columns of a matrix that a thread claims at once: its share, but neither so few that claiming
-// takes longer than the product, nor so many that another thread might have to wait for this one.
-constexpr int64_t kLeastSpan = 16 << 10, kMostSpan = 512 << 10;  // bytes of weights
-constexpr int64_t kColumns = 32;                                 // a span is a multiple of these
+// Columns of a matrix that a thread claims at once: as many for each thread, in spans of about
+// kSpan bytes of weights, so that none has to wait long for another; but not so few that claiming
+// takes longer than the product.
+constexpr int64_t kLeastSpan = 16 << 10, kSpan = 256 << 10;
+constexpr int64_t kColumns = 32;  // multiplied at once; a span is a multiple of these
 
 // 1 / sqrt(mean(x^2) + eps) of each row.
 inline void Factors(int64_t m, int64_t k, const float* x, float eps, float* factors) {
@@ -57,7 +58,7 @@ inline void Normalize(int64_t k, const float* x, float factor, const float* gain
   for (int64_t i = 0; i < k; ++i) y[i] = x[i] * factor * gains[i];
 }
 
-// What follows a product, in the columns [begin, begin + width) of y.
+// What follows a product, in the columns [begin, begin + width) of y; `up` is [m, kColumns].
 template <class Weight>
 inline void Finish(const Linear<Weight>& f, const Matrix<Weight>& matrix, int64_t begin,
                    int64_t width, const float* up) {
@@ -70,12 +71,16 @@ inline void Finish(const Linear<Weight>& f, const Matrix<Weight>& matrix, int64_
       Vector v = load(y + c);
       if (matrix.scales) v *= load(matrix.scales + begin + c);
       if (f.gated) {
-        Vector u = load(up + r * width + c);
+        Vector u = load(up + r * kColumns + c);
         if (f.matrices[1].scales) u *= load(f.matrices[1].scales + begin + c);
         v = Silu(v) * u;
       }
       if (residual) v += load(residual + c);
-      std::memcpy(y + c, &v, count * sizeof(float));
+      if (count == kLanes) {
+        Store(y + c, v);
+      } else {
+        std::memcpy(y + c, &v, count * sizeof(float));
+      }
     }
   }
 }
@@ -88,37 +93,28 @@ class PackedRows {
   template <class Weight>
   static const BFloat16* Of(const Linear<Weight>& f, uint64_t call) {
     thread_local PackedRows own;
+    BFloat16* packed = own.memory_.Of(PackedSize(f.m, f.k));
     if (own.call_ != call) {
       own.call_ = call;
-      own.memory_.resize(PackedSize(f.m, f.k) + kLine / sizeof(BFloat16));
-      BFloat16* to = own.begin();
-      float factors[kGroup];
-      for (int64_t r = 0; r < f.m; r += kGroup) {
-        const int64_t rows = std::min<int64_t>(kGroup, f.m - r);
-        if (f.gains) Factors(rows, f.k, f.x + r * f.k, f.eps, factors);
-        Pack(rows, f.x + r * f.k, f.k, factors, f.gains, to);
-        to += PackedSize(rows, f.k);
-      }
+      own.factors_.resize(f.m);
+      if (f.gains) Factors(f.m, f.k, f.x, f.eps, own.factors_.data());
+      Pack(f.m, f.x, f.k, own.factors_.data(), f.gains, packed);
     }
-    return own.begin();
+    return packed;
   }
 
  private:
-  BFloat16* begin() {  // a line of the cache begins there
-    const auto address = reinterpret_cast<uintptr_t>(memory_.data());
-    return reinterpret_cast<BFloat16*>((address + kLine - 1) / kLine * kLine);
-  }
-
   uint64_t call_ = 0;
-  std::vector<BFloat16> memory_;
+  std::vector<float> factors_;
+  Scratch<BFloat16> memory_;
 };
 
 // The same product on tiles. They make a NaN of infinities too, whose parts cancel: what is one is
 // computed again without them.
 template <class Weight>
-void OnTiles(const Linear<Weight>& f, uint64_t call, const Weight* w, int64_t columns, float* y,
-             int64_t n) {
-  if (!ProductOfPacked(f.m, columns, PackedRows::Of(f, call), w, y, f.k, n)) return;
+void OnTiles(const Linear<Weight>& f, uint64_t call, int64_t columns, const Weight* w,
+             const Weight* next, float* y, int64_t n) {
+  if (!ProductOfPacked(f.m, columns, PackedRows::Of(f, call), w, next, y, f.k, n)) return;
   std::vector<float> row(f.k);
   for (int64_t r = 0; r < f.m; ++r) {
     const float* x = f.x + r * f.k;
@@ -156,10 +152,11 @@ void Run(int64_t threads, const Linear<Weight>& f) {
     }
     x = rows.data();
   }
-  auto product = [&](const Weight* w, int64_t columns, float* y, int64_t n) {
+  // Of `columns` up to kColumns; `next` are the weights this thread needs after w, or null.
+  auto product = [&](int64_t columns, const Weight* w, const Weight* next, float* y, int64_t n) {
 #if defined(SPECJAX_TILES)
     if constexpr (sizeof(Weight) < sizeof(float)) {
-      if (on_tiles) return OnTiles(f, call, w, columns, y, n);
+      if (on_tiles) return OnTiles(f, call, columns, w, next, y, n);
     }
 #endif
     Product(m, columns, x, w, y, k, n);
@@ -173,22 +170,33 @@ void Run(int64_t threads, const Linear<Weight>& f) {
   const int64_t own = f.gated ? 1 : f.matrices.size();
   for (int64_t j = 0; j < own; ++j) {
     const int64_t n = f.matrices[j].n, bytes = std::max<int64_t>(1, k * sizeof(Weight));
-    const int64_t share = std::clamp((n + threads - 1) / threads, kLeastSpan / bytes,
-                                     std::max<int64_t>(1, kMostSpan / bytes));
-    const int64_t width = std::max<int64_t>(1, (share + kColumns - 1) / kColumns) * kColumns;
+    const int64_t count = threads * std::max<int64_t>(1, n * bytes / (threads * kSpan));
+    const int64_t share = std::max<int64_t>({(n + count - 1) / count, kLeastSpan / bytes, 1});
+    const int64_t width = (share + kColumns - 1) / kColumns * kColumns;
     for (int64_t c = 0; c < n; c += width) spans.push_back({j, c, std::min(width, n - c)});
   }
   const Span* all = spans.data();
   Team::For(threads, spans.size(), [&](int64_t i) {
     const auto [j, begin, width] = all[i];
     const Matrix<Weight>& matrix = f.matrices[j];
-    product(matrix.weights + begin * k, width, matrix.y + begin, matrix.n);
+#if defined(SPECJAX_TILES)
+    const TilesInUse tiles(on_tiles);
+#endif
     thread_local std::vector<float> up;
-    if (f.gated) {
-      up.resize(m * width);
-      product(f.matrices[1].weights + begin * k, width, up.data(), width);
+    up.resize(f.gated ? m * kColumns : 0);
+    for (int64_t c = begin; c < begin + width; c += kColumns) {
+      const int64_t columns = std::min(kColumns, begin + width - c);
+      const Weight *w = matrix.weights + c * k, *next = w + kColumns * k;
+      if (c + 2 * kColumns > begin + width) next = nullptr;
+      if (f.gated) {
+        const Weight* other = f.matrices[1].weights + c * k;
+        product(columns, w, columns == kColumns ? other : nullptr, matrix.y + c, matrix.n);
+        product(columns, other, next, up.data(), kColumns);
+      } else {
+        product(columns, w, next, matrix.y + c, matrix.n);
+      }
+      if (f.gated || f.residual || matrix.scales) Finish(f, matrix, c, columns, up.data());
     }
-    if (f.gated || f.residual || matrix.scales) Finish(f, matrix, begin, width, up.data());
   });
 }
 

@@ -20,6 +20,7 @@
 #include <cstdint>
 #include <cstring>
 #include <iterator>
+#include <vector>
 
 #include "vector.h"
 
@@ -59,11 +60,20 @@ inline __m512i UpperHalves(__m512i a, __m512i b) {
   return _mm512_permutex2var_epi16(a, _mm512_load_si512(kUpper), b);
 }
 
+// The parts of 32 floats, `stride` vectors apart. What is left after each is exact.
+inline void Split(__m512 a, __m512 b, __m512i* parts, int64_t stride) {
+  const __m512 keep = _mm512_castsi512_ps(_mm512_set1_epi32(0xffff0000));
+  for (int part = 0; part < kParts; ++part) {
+    parts[part * stride] = UpperHalves(_mm512_castps_si512(a), _mm512_castps_si512(b));
+    a = a - _mm512_and_ps(a, keep);
+    b = b - _mm512_and_ps(b, keep);
+  }
+}
+
 // Packs up to kGroup rows x [rows, k]. If there are `gains` [k], each row is first multiplied by
 // them and by its entry of `factors`.
-inline void Pack(int64_t rows, const float* x, int64_t k, const float* factors, const float* gains,
-                 BFloat16* packed) {
-  const __m512 keep = _mm512_castsi512_ps(_mm512_set1_epi32(0xffff0000));
+inline void PackGroup(int64_t rows, const float* x, int64_t k, const float* factors,
+                      const float* gains, BFloat16* packed) {
   const int64_t tiles = NumTiles(rows);
   __m512i parts[kParts * kGroup];
   for (int64_t j = kParts * rows; j < tiles * kTile; ++j) parts[j] = _mm512_setzero_si512();
@@ -80,11 +90,7 @@ inline void Pack(int64_t rows, const float* x, int64_t k, const float* factors, 
         a = a * factor * _mm512_maskz_loadu_ps(low, gains + i);
         b = b * factor * _mm512_maskz_loadu_ps(high, gains + i + kTile);
       }
-      for (int part = 0; part < kParts; ++part) {  // what is left is exact
-        parts[part * rows + r] = UpperHalves(_mm512_castps_si512(a), _mm512_castps_si512(b));
-        a = a - _mm512_and_ps(a, keep);
-        b = b - _mm512_and_ps(b, keep);
-      }
+      Split(a, b, parts + r, rows);
     }
     for (int64_t tile = 0; tile < tiles; ++tile) {
       __m512i v[kTile];
@@ -96,9 +102,34 @@ inline void Pack(int64_t rows, const float* x, int64_t k, const float* factors, 
   }
 }
 
-class TilesInUse {  // by this thread, all of them 16 x 64 bytes
+// Packs any number m of rows.
+inline void Pack(int64_t m, const float* x, int64_t k, const float* factors, const float* gains,
+                 BFloat16* packed) {
+  for (int64_t r = 0; r < m; r += kGroup) {
+    const int64_t rows = std::min<int64_t>(kGroup, m - r);
+    PackGroup(rows, x + r * k, k, gains ? factors + r : nullptr, gains, packed);
+    packed += PackedSize(rows, k);
+  }
+}
+
+// Memory that begins where a line of the cache does.
+template <class T>
+class Scratch {
  public:
-  TilesInUse() {
+  T* Of(int64_t size) {
+    memory_.resize(size + kLine / sizeof(T));
+    const auto address = reinterpret_cast<uintptr_t>(memory_.data());
+    return reinterpret_cast<T*>((address + kLine - 1) / kLine * kLine);
+  }
+
+ private:
+  std::vector<T> memory_;
+};
+
+class TilesInUse {  // by this thread, all of them 16 x 64 bytes, at first zeros
+ public:
+  explicit TilesInUse(bool in_use) : in_use_(in_use) {
+    if (!in_use) return;
     struct alignas(64) Shape {
       uint8_t palette = 1, rest[15] = {};
       uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -107,68 +138,82 @@ class TilesInUse {  // by this thread, all of them 16 x 64 bytes
     static const Shape shape;
     _tile_loadconfig(&shape);
   }
-  ~TilesInUse() { _tile_release(); }
+  ~TilesInUse() {
+    if (in_use_) _tile_release();
+  }
+
+ private:
+  bool in_use_;
 };
 
 // Weights to fetch into the second cache while others are multiplied, in the order of memory: so
-// the processor's own prefetching helps.
+// the processor's own prefetching helps. A few after each product, for loads of tiles wait behind
+// them.
 struct Ahead {
-  const char* next;  // null if there is nothing to fetch
-  int64_t lines;     // per step
+  const char *next, *end;
+  int64_t groups;  // of rows, during whose products they are fetched
 
-  void Step() {
-    if (!next) return;
-    for (int64_t i = 0; i < lines; ++i, next += kLine) _mm_prefetch(next, _MM_HINT_T1);
+  // What is due after one of the products of a step, `Lines` after all of them.
+  template <int Lines, int Product, int Products>
+  void Fetch() {
+    if (next >= end) return;
+#pragma GCC unroll 16
+    for (int i = Lines * Product / Products; i < Lines * (Product + 1) / Products; ++i) {
+      _mm_prefetch(next + i * kLine, _MM_HINT_T1);
+    }
+    if constexpr (Product + 1 == Products) next += Lines * kLine;
   }
 };
 
 // sums [2, 16, 16 Tiles] of 2 x 16 columns, whose weights lie `stride` bytes apart, over `steps`.
-template <int Tiles>
+// Tiles 0 to 5 are zeros before and after: to clear one right behind its store delays nothing.
+template <int Tiles, int Lines>
 inline void Multiply(const BFloat16* w0, const BFloat16* w1, int64_t stride, const BFloat16* x,
                      int64_t steps, Ahead& ahead, float* sums) {
   asm volatile("" ::: "memory");  // GCC does not know that tiles are loaded from what was stored
-  _tile_zero(0);
-  _tile_zero(1);
-  if constexpr (Tiles > 1) {
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  if constexpr (Tiles > 2) {
-    _tile_zero(4);
-    _tile_zero(5);
-  }
   constexpr int kElements = kTile * kStep;
   for (int64_t step = 0; step < steps; ++step) {
-    ahead.Step();
     if constexpr (Tiles == 1) {
       _tile_loadd(6, w0, stride);
       _tile_loadd(7, w1, stride);
       _tile_loadd(5, x, 64);
       _tile_dpbf16ps(0, 6, 5);
+      ahead.Fetch<Lines, 0, 2>();
       _tile_dpbf16ps(1, 7, 5);
+      ahead.Fetch<Lines, 1, 2>();
     } else if constexpr (Tiles == 2) {
       _tile_loadd(4, w0, stride);
       _tile_loadd(6, x, 64);
       _tile_dpbf16ps(0, 4, 6);
+      ahead.Fetch<Lines, 0, 4>();
       _tile_loadd(7, x + kElements, 64);
       _tile_dpbf16ps(1, 4, 7);
+      ahead.Fetch<Lines, 1, 4>();
       _tile_loadd(5, w1, stride);
       _tile_dpbf16ps(2, 5, 6);
+      ahead.Fetch<Lines, 2, 4>();
       _tile_dpbf16ps(3, 5, 7);
+      ahead.Fetch<Lines, 3, 4>();
     } else {
       _tile_loadd(7, x, 64);
       _tile_loadd(6, w0, stride);
       _tile_dpbf16ps(0, 6, 7);
+      ahead.Fetch<Lines, 0, 6>();
       _tile_loadd(7, x + kElements, 64);
       _tile_dpbf16ps(1, 6, 7);
+      ahead.Fetch<Lines, 1, 6>();
       _tile_loadd(7, x + 2 * kElements, 64);
       _tile_dpbf16ps(2, 6, 7);
+      ahead.Fetch<Lines, 2, 6>();
       _tile_loadd(6, w1, stride);
       _tile_dpbf16ps(5, 6, 7);
+      ahead.Fetch<Lines, 3, 6>();
       _tile_loadd(7, x + kElements, 64);
       _tile_dpbf16ps(4, 6, 7);
+      ahead.Fetch<Lines, 4, 6>();
       _tile_loadd(7, x, 64);
       _tile_dpbf16ps(3, 6, 7);
+      ahead.Fetch<Lines, 5, 6>();
     }
     w0 += kStep;
     w1 += kStep;
@@ -177,18 +222,31 @@ inline void Multiply(const BFloat16* w0, const BFloat16* w1, int64_t stride, con
   constexpr int64_t kRow = Tiles * kTile * sizeof(float);
   float* second = sums + Tiles * 256;
   _tile_stored(0, sums, kRow);
+  _tile_zero(0);
   if constexpr (Tiles == 1) {
     _tile_stored(1, second, kRow);
+    _tile_zero(1);
+    _tile_zero(5);
   } else if constexpr (Tiles == 2) {
     _tile_stored(1, sums + kTile, kRow);
+    _tile_zero(1);
     _tile_stored(2, second, kRow);
+    _tile_zero(2);
     _tile_stored(3, second + kTile, kRow);
+    _tile_zero(3);
+    _tile_zero(4);
+    _tile_zero(5);
   } else {
     _tile_stored(1, sums + kTile, kRow);
+    _tile_zero(1);
     _tile_stored(2, sums + 2 * kTile, kRow);
-    _tile_stored(3, second, kRow);
-    _tile_stored(4, second + kTile, kRow);
+    _tile_zero(2);
     _tile_stored(5, second + 2 * kTile, kRow);
+    _tile_zero(5);
+    _tile_stored(4, second + kTile, kRow);
+    _tile_zero(4);
+    _tile_stored(3, second, kRow);
+    _tile_zero(3);
   }
 }
 
@@ -229,6 +287,8 @@ inline bool ProductOfGroup(int64_t rows, int64_t columns, const BFloat16* x, con
   alignas(64) float sums[2 * Tiles * 256 + 2 * kTile], added[2 * Tiles * 256];
   alignas(64) BFloat16 copy[2][kTile * kPitch];
   const int64_t first = std::min<int64_t>(kTile, columns), second = columns - first;
+  constexpr int kLines = kWidth * kStep * sizeof(Weight) / kLine;  // that hold a step's weights
+  auto* multiply = ahead.groups == 1 ? Multiply<Tiles, kLines> : Multiply<Tiles, kLines / 2>;
   if (k == 0) std::fill(sums, std::end(sums), 0.0f);
   for (int64_t i = 0; i < k; i += kChunk) {
     const int64_t width = std::min(kChunk, k - i);
@@ -248,8 +308,8 @@ inline bool ProductOfGroup(int64_t rows, int64_t columns, const BFloat16* x, con
       w1 = copy[1];
       stride = kPitch * sizeof(BFloat16);
     }
-    Multiply<Tiles>(w0, w1, stride, x + i / kStep * Tiles * (kTile * kStep), Steps(width), ahead,
-                    i ? added : sums);
+    multiply(w0, w1, stride, x + i / kStep * Tiles * (kTile * kStep), Steps(width), ahead,
+             i ? added : sums);
     if (i) {
       for (int j = 0; j < 2 * Tiles * 256; j += kLanes) {
         Store(sums + j, Load(sums + j) + Load(added + j));
@@ -277,34 +337,27 @@ inline bool ProductOfGroup(int64_t rows, int64_t columns, const BFloat16* x, con
   return nan;
 }
 
-// y[0:m, 0:columns] = x w^T of packed rows; y has n columns. Returns whether a NaN is among them.
+// y[0:m, 0:columns] = x w^T of packed rows, columns <= kWidth; y has n columns. Meanwhile fetches
+// the weights of as many columns from `next`, if that is not null: not where all parts fit one
+// tile, for then the product waits for memory anyway. Returns whether a NaN is among y.
 template <class Weight>
 inline bool ProductOfPacked(int64_t m, int64_t columns, const BFloat16* x, const Weight* w,
-                            float* y, int64_t k, int64_t n) {
-  const TilesInUse tiles;
-  // The next weights are fetched during all groups' products; where there is one of one tile, the
-  // products wait for memory anyway.
-  const int64_t groups = (m + kGroup - 1) / kGroup, bytes = kWidth * k * sizeof(Weight);
-  const int64_t steps = std::max<int64_t>(1, groups * Steps(k));
-  const int64_t lines = (bytes / kLine + steps - 1) / steps;
+                            const Weight* next, float* y, int64_t k, int64_t n) {
+  const int64_t groups = std::max<int64_t>(1, (m + kGroup - 1) / kGroup);
+  const int64_t share = kWidth * k * sizeof(Weight) / groups;  // bytes to fetch during each
+  const char* from = NumTiles(m) > 1 ? reinterpret_cast<const char*>(next) : nullptr;
   bool nan = false;
-  for (int64_t c = 0; c < columns; c += kWidth, w += kWidth * k) {
-    const int64_t width = std::min<int64_t>(kWidth, columns - c);
-    const bool fetches = NumTiles(m) > 1 && c + 2 * kWidth <= columns;
-    const char* next = fetches ? reinterpret_cast<const char*>(w + kWidth * k) : nullptr;
-    const BFloat16* group = x;
-    for (int64_t r = 0; r < m; r += kGroup) {
-      const int64_t rows = std::min<int64_t>(kGroup, m - r);
-      const Ahead ahead{next, lines};
-      float* to = y + r * n + c;
-      switch (NumTiles(rows)) {
-        case 1: nan |= ProductOfGroup<1>(rows, width, group, w, to, k, n, ahead); break;
-        case 2: nan |= ProductOfGroup<2>(rows, width, group, w, to, k, n, ahead); break;
-        default: nan |= ProductOfGroup<3>(rows, width, group, w, to, k, n, ahead); break;
-      }
-      group += PackedSize(rows, k);
-      if (fetches) next += Steps(k) * lines * kLine;
+  for (int64_t r = 0; r < m; r += kGroup) {
+    const int64_t rows = std::min<int64_t>(kGroup, m - r), tiles = NumTiles(rows);
+    const Ahead ahead{from, from ? from + share : nullptr, groups};
+    switch (tiles) {
+      case 1: nan |= ProductOfGroup<1>(rows, columns, x, w, y, k, n, ahead); break;
+      case 2: nan |= ProductOfGroup<2>(rows, columns, x, w, y, k, n, ahead); break;
+      default: nan |= ProductOfGroup<3>(rows, columns, x, w, y, k, n, ahead); break;
     }
+    x += PackedSize(rows, k);
+    y += kGroup * n;
+    if (from) from += share;
   }
   return nan;
 }
