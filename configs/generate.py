@@ -13,6 +13,7 @@ def get_config() -> ConfigDict:
     c.target = "checkpoints/target"  # Hugging Face directories
     c.draft = ""
     c.dtype = "auto"  # or "float32", "bfloat16"
+    c.cache_dtype = "auto"  # the same
     c.prompt = ""  # or standard input
     c.prompts = ""  # a file: a prompt per line, or .jsonl with "prompt"
     c.batch_size = 8  # prompts at once

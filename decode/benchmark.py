@@ -69,7 +69,7 @@ def run(c: ConfigDict) -> list[dict[str, Any]]:
         )
     for temperature in c.temperatures:
         sampling.sampling(1, temperature)  # refuses what is out of range
-    models = checkpoints.load(c.target, c.draft, c.dtype)
+    models = checkpoints.load(c.target, c.draft, c.dtype, c.cache_dtype)
     if c.prompts:
         tokens = prompts.encode(prompts.read(c.prompts), models.tokenizer)[: c.num_prompts]
     else:

@@ -30,7 +30,7 @@ def main(c: ConfigDict) -> None:
     if c.steps_per_call < 1:
         raise ValueError(f"steps_per_call is {c.steps_per_call}; it must be at least 1.")
     texts = _texts(c)
-    models = checkpoints.load(c.target, c.draft, c.dtype)
+    models = checkpoints.load(c.target, c.draft, c.dtype, c.cache_dtype)
     encoded = prompts.encode(texts, models.tokenizer)
     batch_size = min(c.batch_size, len(texts))
     batches = prompts.batches(encoded, batch_size, c.max_new_tokens, models.context)

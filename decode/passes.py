@@ -3,7 +3,8 @@
     python decode/benchmark.py --config=configs/bench/cpu_kernels.py
 
 Random models, batch 1, a context of `context_length` tokens. A pass ends with the likeliest token
-at each place. Each variant keeps its weights in its own type, with the CPU's kernels or without.
+at each place. Each variant keeps weights and cache in its own types, with the CPU's kernels or
+without.
 Passes are timed in compiled loops, plain decoding in the engine and, on the same weights, in
 transformers; repeats of all are interleaved, medians shown. Bandwidth is that of the bytes a pass
 must read, weights and cache, beside what the machine reads when it does nothing else. `products`
@@ -16,6 +17,7 @@ import ctypes
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -41,16 +43,17 @@ from specjax.kernels.vocabulary import argmax
 from specjax.models import hf
 from specjax.models.transformer import TransformerConfig, num_params, transformer
 from specjax.timing import Timed, interleaved, loop, nothing, steps
-from specjax.types import Array, Params, PyTree
+from specjax.types import Array, Model, Params, PyTree
 from specjax.verifiers.match import match
 
 _DECODING, _READ = "decoding", "reading"
+_WIDTH = 140  # of a table, in a file
 
 
 def run(c: ConfigDict) -> list[dict[str, Any]]:
     """Measures, writes and prints. Returns the records."""
     _check(c)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     records = []
     for name, shape in c.models.items():
         records += _model(c, name, TransformerConfig(**shape), console)
@@ -77,6 +80,10 @@ def _check(c: ConfigDict) -> None:
             raise ValueError(
                 f"Variant {name!r} has {variant.weights!r} weights; need float32, bfloat16 or int8."
             )
+        if variant.cache not in ("float32", "bfloat16"):
+            raise ValueError(
+                f"Variant {name!r} has a {variant.cache!r} cache; need float32 or bfloat16."
+            )
 
 
 # ------------------------------------------------------------------------------------------- models
@@ -100,9 +107,9 @@ def _model(
     c: ConfigDict, name: str, config: TransformerConfig, console: Console
 ) -> list[dict[str, Any]]:
     """Passes and plain decoding of all variants, and of transformers."""
-    model = transformer(config)
     key = jax.random.key(c.seed)
-    params = _stored(jax.jit(model.init)(key), "bfloat16")  # so all variants have one law
+    params = jax.jit(transformer(config).init)(key)
+    params = _stored(params, "bfloat16")  # so all variants have one law
     stored = {w: _stored(params, w) for w in {v.weights for v in c.variants.values()}}
     rng = np.random.default_rng(c.seed)
     prompt = rng.integers(0, config.vocab_size, (1, c.context_length), dtype=np.int32)
@@ -118,6 +125,7 @@ def _model(
     bytes_read: dict[str, int] = {}
     for variant, how in c.variants.items():
         weights, kernels = stored[how.weights], how.kernels
+        model = transformer(config, cache_dtype=jnp.dtype(how.cache))
         decoder = engine.decoder(model, none(), match())
         with _kernels(kernels):
             state = engine.prefill(
@@ -134,7 +142,7 @@ def _model(
         used = sum(x[:, :, : c.context_length].nbytes for x in (*cache.keys, *cache.values))
         bytes_read[variant] = used + sum(x.nbytes for x in jax.tree.leaves(weights))
 
-        def score(inputs: tuple, tokens: Array) -> Array:
+        def score(inputs: tuple, tokens: Array, model: Model = model) -> Array:
             weights, cache = inputs
             n = tokens.shape[1]
             positions = cache.length[:, None] + jnp.arange(n)
@@ -226,6 +234,7 @@ def _reading(size: int) -> Timed:
 def _products(c: ConfigDict, console: Console) -> list[dict[str, Any]]:
     """Products alone, here, in XLA and in PyTorch."""
     loops: dict[str, Timed] = {}
+    one_of_each = {(how.weights, how.kernels): variant for variant, how in c.variants.items()}
     for m, n, k in c.products:
         keys = jax.random.split(jax.random.key(c.seed))
         x, w = jax.random.normal(keys[0], (m, k)), jax.random.normal(keys[1], (n, k))
@@ -234,9 +243,9 @@ def _products(c: ConfigDict, console: Console) -> list[dict[str, Any]]:
         def multiply(w: Weights, x: Array) -> Array:
             return x + nothing(linear(x, w)).astype(x.dtype)
 
-        for variant, how in c.variants.items():
-            kept = quantize(w) if how.weights == "int8" else w.astype(how.weights)
-            loops[f"{where}: {variant}"] = _traced(loop(multiply, kept, x), how.kernels)
+        for (weights, kernels), variant in one_of_each.items():
+            kept = quantize(w) if weights == "int8" else w.astype(weights)
+            loops[f"{where}: {variant}"] = _traced(loop(multiply, kept, x), kernels)
         for dtype in c.transformers:
             loops[f"{where}: PyTorch {dtype}"] = _torch_product(m, n, k, dtype)
     if not loops:

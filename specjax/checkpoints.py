@@ -28,22 +28,27 @@ class Checkpoints(NamedTuple):
     draft_params: PyTree  # () where there is no draft
 
 
-def load(target: str | Path, draft: str | Path = "", dtype: str = "auto") -> Checkpoints:
+def load(
+    target: str | Path, draft: str | Path = "", dtype: str = "auto", cache_dtype: str = "auto"
+) -> Checkpoints:
     """Reads Hugging Face directories.
 
     Args:
         target: its tokenizer.json and special ids are used.
         draft: may be empty.
-        dtype: "float32" or "bfloat16", of weights, activations and caches; "auto" is float32, but
-            keeps weights that are stored in bfloat16 so where the CPU's kernels read them: all
-            values are the same, and half as many bytes move.
+        dtype: "float32" or "bfloat16", of weights and activations; "auto" is float32, but keeps
+            weights that are stored in bfloat16 so where the CPU's kernels read them: all values are
+            the same, and half as many bytes move.
+        cache_dtype: "float32" or "bfloat16", of caches; "auto" is that of activations.
 
     Raises:
         ValueError: a directory that cannot be read, another dtype, vocabularies that differ.
     """
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; need one of {', '.join(_DTYPES)}.")
+    for name, given in (("dtype", dtype), ("cache_dtype", cache_dtype)):
+        if given not in _DTYPES:
+            raise ValueError(f"{name} is {given!r}; need one of {', '.join(_DTYPES)}.")
     kind = _DTYPES[dtype]
+    of_cache = kind if cache_dtype == "auto" else _DTYPES[cache_dtype]
     if not target:
         raise ValueError("No target was given; need --config.target=DIRECTORY.")
     hf.load_config(target)  # says what is wrong with a directory better than its tokenizer can
@@ -61,12 +66,13 @@ def load(target: str | Path, draft: str | Path = "", dtype: str = "auto") -> Che
     if draft:
         drafted = _read(draft, dtype)
         context = min(context, drafted.config.max_position_embeddings)
-        draft_model, draft_params = transformer(drafted.config, kind), drafted.params
+        draft_model = transformer(drafted.config, kind, cache_dtype=of_cache)
+        draft_params = drafted.params
     return Checkpoints(
         tokenizer,
         found.eos_ids,
         context,
-        transformer(found.config, kind),
+        transformer(found.config, kind, cache_dtype=of_cache),
         found.params,
         draft_model,
         draft_params,

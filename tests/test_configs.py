@@ -118,7 +118,7 @@ def test_cpu_kernels(tmp_path: Path) -> None:
     for shape in c.models.values():
         assert jax.eval_shape(transformer(TransformerConfig(**shape)).init, jax.random.key(0))
     c.models = {"tiny": TINY}
-    c.variants = {name: c.variants[name] for name in ("int8", "float32 by XLA")}
+    c.variants = {name: c.variants[name].to_dict() for name in ("int8", "float32 by XLA")}
     c.update(output=str(tmp_path), context_length=8, max_length=32, max_new_tokens=4)
     c.update(num_tokens=(1, 2), at_most=(1.0, 1.1), products=((2, 16, 24),))
     c.update(repeats=1, seconds=0.001)
@@ -137,7 +137,11 @@ def test_cpu_kernels(tmp_path: Path) -> None:
     page = (tmp_path / "results.md").read_text()
     assert all(page.count(f"| {variant} |") == 2 for variant in c.variants)
     assert (tmp_path / "results.png").stat().st_size > 1000
-    for wrong in ({"max_length": 8}, {"at_most": (1.0,)}, {"repeats": 0}):
+    odd = {**c.variants["int8"], "cache": "int8"}
+    for wrong in (
+        *({"max_length": 8}, {"at_most": (1.0,)}, {"repeats": 0}),
+        {"variants": {"odd": odd}},
+    ):
         with pytest.raises(ValueError, match="need"):
             benchmark.main(ConfigDict({**c.to_dict(), **wrong}))
 

@@ -466,3 +466,14 @@ def test_auto_keeps_what_the_kernels_read(tmp_path: Path) -> None:
             np.testing.assert_array_equal(x, y.astype(jnp.float32))
     kept = checkpoints.load(full).target_params
     assert {x.dtype for x in jax.tree.leaves(kept)} == {jnp.dtype("float32")}
+
+
+def test_a_cache_has_its_own_dtype(tmp_path: Path) -> None:
+    saved = save_model(tmp_path / "model")
+    for given, kind in (("auto", jnp.float32), ("bfloat16", jnp.bfloat16)):
+        models = checkpoints.load(saved, saved, "float32", given)
+        for model in (models.target, models.draft):
+            assert model.init_cache(1, 4).keys[0].dtype == kind
+    for wrong in ({"dtype": "int8"}, {"cache_dtype": "float16"}):
+        with pytest.raises(ValueError, match="need one of auto, float32, bfloat16"):
+            checkpoints.load(saved, **wrong)

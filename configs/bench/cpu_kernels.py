@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from configs.bench import llama_30m
 
 
-def variant(weights: str, kernels: bool = True) -> dict:
-    return {"weights": weights, "kernels": kernels}
+def variant(weights: str, cache: str = "float32", kernels: bool = True) -> dict:
+    return {"weights": weights, "cache": cache, "kernels": kernels}
 
 
 def get_config() -> ConfigDict:
@@ -33,7 +33,8 @@ def get_config() -> ConfigDict:
         "head_dim": 64,
     }
     c.variants = ConfigDict(sort_keys=False)  # the last is the baseline
-    c.variants["bfloat16"] = variant("bfloat16")
+    c.variants["bfloat16"] = variant("bfloat16", "bfloat16")
+    c.variants["bfloat16 weights"] = variant("bfloat16")
     c.variants["int8"] = variant("int8")
     c.variants["float32"] = variant("float32")
     c.variants["float32 by XLA"] = variant("float32", kernels=False)
