@@ -37,7 +37,7 @@ def attend(
 ) -> tuple[Array, Array, Array]:
     """Rotary softmax attention over the prefix's history and the block, the new tokens last in it.
 
-    On CPU up to `native.FEW_ROWS` float32 tokens go through a kernel that reads only the slots in
+    On CPU up to `native.FEW_TOKENS` float32 tokens go through a kernel that reads only the slots in
     use. Each row sums over the keys it sees in order of their positions, so a token's result does
     not depend on how much of its history is in the prefix already. Keys and values of the block
     have the prefix's type, all sums are float32.
@@ -62,7 +62,7 @@ def attend(
     stored = {x.dtype for x in (*prefix[:2], *block)}
     served = stored in ({jnp.dtype(jnp.float32)}, {jnp.dtype(jnp.bfloat16)})
     served &= queries.dtype == jnp.float32  # others would be rounded otherwise than in training
-    if n > native.FEW_ROWS or not prefix[0].shape[2] or not served or not native.available():
+    if n > native.FEW_TOKENS or not prefix[0].shape[2] or not served or not native.available():
         return _two_products(*arrays)
     return lax.platform_dependent(*arrays, cpu=_few_rows, default=_two_products)
 

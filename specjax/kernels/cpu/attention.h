@@ -32,6 +32,7 @@ struct Attention {
 
 constexpr int kMaxVectors = 4;
 constexpr int64_t kPadding = 32;  // of a row's weights, so that tiles can multiply them
+constexpr int64_t kMostRows = 64;  // of a head at once: their scores stay in a core's own cache
 
 // scores[r, 0:16] = sum_j q[r, j] columns[j] for `Rows` rows: 16 keys at once, two sums for each.
 template <int Rows>
@@ -410,9 +411,24 @@ inline void AttendOnTiles(const Head<BFloat16>& a) {
 }
 #endif
 
+inline void AttendFastest(const Head<float>& a) { Attend(a); }
+
+inline void AttendFastest(const Head<BFloat16>& a) {
+#if defined(SPECJAX_TILES)
+  if (TilesAllowed()) return AttendOnTiles(a);
+#endif
+  Attend(a);
+}
+
+// Where a node's query of a head lies, and what it becomes.
+template <class Number>
+inline int64_t Place(const Attention<Number>& f, int64_t node, int64_t head, int64_t query) {
+  return ((node * f.kv_heads + head) * f.group + query) * f.h;
+}
+
 template <class Number>
 void Run(int64_t threads, const Attention<Number>& f) {
-  const int64_t n = f.n, h = f.h, m = f.m, earlier = m - n, rows = n * f.group;
+  const int64_t n = f.n, h = f.h, m = f.m, earlier = m - n;
   const float scale = 1 / std::sqrt(static_cast<float>(h));
 
   Team::For(threads, f.batch * f.kv_heads, [&](int64_t item) {
@@ -443,8 +459,8 @@ void Run(int64_t threads, const Attention<Number>& f) {
       ends.push_back(seen.size());
     }
 
+    const int64_t most = std::max<int64_t>(1, kMostRows / f.group);  // nodes at once
     Head<Number> a;
-    a.nodes = n;
     a.group = f.group;
     a.h = h;
     a.length = std::clamp<int64_t>(f.prefix_length[b], 0, f.slots);
@@ -454,9 +470,9 @@ void Run(int64_t threads, const Attention<Number>& f) {
     a.keys = keys;
     a.values = values;
     a.seen = seen.data();
-    a.ends = ends.data();
     a.width = (a.length + m + kPadding - 1) / kPadding * kPadding + kLanes;
     a.block_width = (m + kLanes - 1) / kLanes * kLanes;
+    const int64_t rows = most * f.group;
     thread_local std::vector<float> scratch;
     scratch.resize(rows * (a.width + a.block_width + 2 * h));
     a.scores = scratch.data();
@@ -464,23 +480,20 @@ void Run(int64_t threads, const Attention<Number>& f) {
     a.out = a.of_block + rows * a.block_width;
     float* queries = a.out + rows * h;
     a.queries = queries;
-    auto place = [&](int64_t r) {  // of row r of this head in queries and mixed
-      return (((b * n + r / f.group) * f.kv_heads + head) * f.group + r % f.group) * h;
-    };
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t angle = (b * n + r / f.group) * (h / 2);
-      Rotate(f.queries + place(r), f.cos + angle, f.sin + angle, h, scale, queries + r * h);
+    for (int64_t first = 0; first < n; first += most) {
+      a.nodes = std::min(most, n - first);
+      a.ends = ends.data() + first;
+      for (int64_t r = 0; r < a.nodes * f.group; ++r) {
+        const int64_t node = b * n + first + r / f.group, angle = node * (h / 2);
+        const float* query = f.queries + Place(f, node, head, r % f.group);
+        Rotate(query, f.cos + angle, f.sin + angle, h, scale, queries + r * h);
+      }
+      AttendFastest(a);
+      for (int64_t r = 0; r < a.nodes * f.group; ++r) {
+        const int64_t node = b * n + first + r / f.group;
+        std::copy_n(a.out + r * h, h, f.mixed + Place(f, node, head, r % f.group));
+      }
     }
-#if defined(SPECJAX_TILES)
-    if constexpr (sizeof(Number) == sizeof(BFloat16)) {
-      TilesAllowed() ? AttendOnTiles(a) : Attend(a);
-    } else {
-      Attend(a);
-    }
-#else
-    Attend(a);
-#endif
-    for (int64_t r = 0; r < rows; ++r) std::copy_n(a.out + r * h, h, f.mixed + place(r));
   });
 }
 
