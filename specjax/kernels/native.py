@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 SOURCES = Path(__file__).parent / "cpu"
 _NATIVE = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
 FLAGS = ("-O3", _NATIVE, "-std=c++20", "-fPIC", "-pthread", "-w")
-FEW_ROWS, FEW_ROWS_ON_TILES = 32, 1024  # of products
+FEW_ROWS, FEW_ROWS_ON_TILES = 32, 512  # of products
 FEW_TOKENS = 512  # of attention
 LINEAR, ATTENTION = "specjax_linear", "specjax_attention"
 COMMIT, GUMBEL, BELOW = "specjax_commit", "specjax_gumbel", "specjax_below"
