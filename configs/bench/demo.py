@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
     c.target = "checkpoints/target"
     c.draft = "checkpoints/draft"
     c.dtype = "auto"
-    c.cache_dtype = "bfloat16"
+    c.cache_dtype = "auto"
     c.output = "runs/demo"
     c.prompts = ""  # a file of prompts; "" takes windows of held-out standard library text
     c.num_prompts = 16
