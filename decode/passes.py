@@ -4,11 +4,10 @@
 
 Random models, batch 1, a context of `context_length` tokens. A pass ends with the likeliest token
 at each place. Each variant keeps weights and cache in its own types, with the CPU's kernels or
-without.
-Passes are timed in compiled loops, plain decoding in the engine and, on the same weights, in
-transformers; repeats of all are interleaved, medians shown. Bandwidth is that of the bytes a pass
-must read, weights and cache, beside what the machine reads when it does nothing else. `products`
-are timed alone beside PyTorch's, which on CPU are oneDNN's.
+without. Passes are timed in compiled loops, plain decoding in the engine and, on the same weights,
+in transformers; repeats of all are interleaved, medians shown. Bandwidth is that of the bytes a
+pass must read, weights and cache, beside what the machine reads when it does nothing else.
+`products` are timed alone beside PyTorch's, which on CPU are oneDNN's.
 Writes results.json, results.md and results.png into `config.output`.
 """
 

@@ -376,8 +376,7 @@ inline void AttendOnTiles(const Head<BFloat16>& a) {
     const int64_t count = std::min(kMost, shared - i);
     auto value = [&](int64_t j) { return a.prefix_values + (i + j) * h; };
     PackValues(0, count, count, value, h, values);
-    float* to = sums;
-    MixParts(kParts * rows, parts + i, pitch, values, Steps(count), to, to, full);
+    MixParts(kParts * rows, parts + i, pitch, values, Steps(count), sums, sums, full);
   }
   const int64_t left = a.length - shared;
   std::fill_n(values, Steps(left + a.m) * kStep * full, BFloat16{});
