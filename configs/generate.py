@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.target = "checkpoints/target"  # Hugging Face directories
-    c.draft = ""
+    c.draft = ""  # of a model, or of Medusa, Hydra or EAGLE heads
     c.dtype = "auto"  # or "float32", "bfloat16"
     c.cache_dtype = "auto"  # the same
     c.prompt = ""  # or standard input
@@ -25,15 +25,27 @@ def get_config() -> ConfigDict:
     c.seed = 0
     c.steps_per_call = 2  # between two looks at the text of a single prompt
     c.verifier = "match"  # or "rejection": a file of specjax/verifiers
-    c.drafter = ""  # one of `drafters`; "": model if there is a draft, else lookup
-    c.num_draft_tokens = 4
+    c.drafter = ""  # one of `drafters`; "": that of the draft if there is one, else lookup
+    c.num_draft_tokens = 4  # of a chain
     c.tree = ()  # parents of a tree to draft instead, breadth first, the root's being -1
     c.choose = ""  # a function of specjax/drafters/grow.py; "": what suits verifier and temperature
+    # The trees that heads draft by default: the likelier a node's place, the more it has below.
+    c.tree_of_heads = (-1, 0, 0, 0, 1, 1, 2, 4, 4, 7)
+    c.dynamic_tree = {"num_nodes": 12, "width": 3, "depth": 4}  # EAGLE's
+    grown = {"build": "@build"}
+    with_heads = {"target": "@target", "heads": "@draft", **grown}
     drafters = "specjax.drafters"
-    static = {"call": f"{drafters}.grow.static", "parents": "@tree", "choose": "@choose"}
     c.drafters = {
         "none": {"call": f"{drafters}.none.none"},
         "lookup": {"call": f"{drafters}.lookup.lookup", "num_tokens": "@num_draft_tokens"},
-        "model": {"call": f"{drafters}.model.model", "draft_model": "@draft", "build": static},
+        "model": {"call": f"{drafters}.model.model", "draft_model": "@draft", **grown},
+        "medusa": {"call": f"{drafters}.medusa.medusa", **with_heads},
+        "hydra": {"call": f"{drafters}.hydra.hydra", **with_heads},
+        "eagle": {
+            "call": f"{drafters}.eagle.eagle",
+            "target": "@target",
+            "head": "@draft",
+            **grown,
+        },
     }
     return c

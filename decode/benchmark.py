@@ -31,9 +31,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from specjax import checkpoints, engine, metrics, plots, prompts, sampling, scripts, theory
-from specjax.build import build, mentions
+from specjax.build import build
 from specjax.timing import Timed, loop, rounds
-from specjax.types import Array, DecodeState, Params, Proposal
+from specjax.types import Array, DecodeState, Proposal
 
 _TARGET, _DRAFTER, _BOTH = _PASSES = ("target", "drafter", "target and drafter")
 
@@ -69,7 +69,7 @@ def run(c: ConfigDict) -> list[dict[str, Any]]:
         )
     for temperature in c.temperatures:
         sampling.sampling(1, temperature)  # refuses what is out of range
-    models = checkpoints.load(c.target, c.draft, c.dtype, c.cache_dtype)
+    models = checkpoints.load(c.target, c.drafts, c.dtype, c.cache_dtype)
     if c.prompts:
         tokens = prompts.encode(prompts.read(c.prompts), models.tokenizer)[: c.num_prompts]
     else:
@@ -136,17 +136,16 @@ def run(c: ConfigDict) -> list[dict[str, Any]]:
 def _methods(
     c: ConfigDict, models: checkpoints.Checkpoints, batches: Sequence[prompts.Batch]
 ) -> list[Method]:
-    given = {"target": models.target, "draft": models.draft}
     methods = []
     for name, spec in c.methods.items():
         if "peer" in spec:
-            paths = {"target_directory": c.target, "draft_directory": c.draft}
+            paths = {"target_directory": c.target, "draft_directory": c.drafts.get("draft", "")}
             peer = build({**spec.peer, **paths, "batches": batches})
             about = {"drafter": peer.drafter, "verifier": "transformers"}
             about |= {"lossless": True, "drafter_invariant": False}
             method = Method(name, tuple(spec.temperatures), about, peer.run, peer.measure, None)
         else:
-            method = _engine_method(name, spec, models, batches, given, c.seed)
+            method = _engine_method(name, spec, models, batches, c.seed)
         methods.append(method)
     return methods
 
@@ -156,16 +155,15 @@ def _engine_method(
     spec: ConfigDict,
     models: checkpoints.Checkpoints,
     batches: Sequence[prompts.Batch],
-    given: dict[str, Any],
     seed: int,
 ) -> Method:
     """A drafter and a verifier under `engine.decoder`."""
+    given = checkpoints.given(models.target, models.drafts)
     drafter, verifier = build(spec.drafter, **given), build(spec.verifier, **given)
     decoder = engine.decoder(models.target, drafter, verifier, eos_ids=models.eos_ids)
     law, num_nodes, depth = decoder.proposal
     formula = _formula(name, spec, decoder.proposal)
-    drafts = mentions(spec.drafter, "draft")
-    params = Params(models.target_params, models.draft_params if drafts else ())
+    params = checkpoints.params(models.target_params, models.drafts, spec.drafter)
     max_length = prompts.max_length(batches)
 
     def prefill(batch: prompts.Batch, temperature: float) -> DecodeState:

@@ -3,9 +3,9 @@
     python decode/generate.py --config.target=checkpoints/target --config.draft=checkpoints/draft \\
         --config.prompt="import os"
 
-Any Hugging Face directory of a supported architecture will do. One prompt is streamed as it is
-written; several are decoded in batches and printed as one JSON object per line. Statistics go to
-standard error.
+Any Hugging Face directory of a supported architecture will do, and as a draft one of heads too:
+Medusa's, Hydra's or EAGLE's. One prompt is streamed as it is written; several are decoded in
+batches and printed as one JSON object per line. Statistics go to standard error.
 """
 
 import json
@@ -18,10 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from specjax import checkpoints, engine, prompts, sampling, scripts
+from specjax import checkpoints, engine, prompts, sampling, scripts, trees
 from specjax.build import build, mentions
 from specjax.data import tokenizers
-from specjax.types import Decoder, DecodeState, Params
+from specjax.drafters import grow
+from specjax.models.eagle import EagleHead
+from specjax.models.hydra import HydraHeads
+from specjax.models.medusa import MedusaHeads
+from specjax.types import Decoder, DecodeState, Model, Params
+
+# By what a draft's directory holds.
+_DRAFTERS = {Model: "model", MedusaHeads: "medusa", HydraHeads: "hydra", EagleHead: "eagle"}
 
 
 def main(c: ConfigDict) -> None:
@@ -116,9 +123,14 @@ def _texts(c: ConfigDict) -> list[str]:
 
 def _decoder(c: ConfigDict, models: checkpoints.Checkpoints) -> tuple[Decoder, Params]:
     """What the config names, with whatever it leaves open chosen by what was given."""
-    name = c.drafter or ("model" if models.draft is not None else "lookup")
+    draft = models.drafts.get("draft")
+    held = None if draft is None else _DRAFTERS[type(draft.model)]
+    name = c.drafter or held or "lookup"
     if name not in c.drafters:
         raise ValueError(f"drafter is {name!r}; need one of {', '.join(c.drafters)}.")
+    spec = c.drafters[name]
+    if held not in (None, name) and mentions(spec, "draft"):
+        raise ValueError(f"drafter is {name!r} but {c.draft} holds one for {held!r}.")
     verifier = build({"call": f"specjax.verifiers.{c.verifier}.{c.verifier}"})
     choose = c.choose
     if not choose and c.temperature == 0:
@@ -126,15 +138,28 @@ def _decoder(c: ConfigDict, models: checkpoints.Checkpoints) -> tuple[Decoder, P
     elif not choose:
         choose = "coupled" if c.verifier == "match" else "without_replacement"
     drafter = build(
-        c.drafters[name],
-        draft=models.draft,
-        choose=build({"call": f"specjax.drafters.grow.{choose}"}),
-        tree=tuple(c.tree) or tuple(range(-1, c.num_draft_tokens)),
+        spec,
+        **checkpoints.given(models.target, models.drafts),
+        build=_builder(c, draft, build({"call": f"specjax.drafters.grow.{choose}"})),
         num_draft_tokens=c.num_draft_tokens,
     )
     decoder = engine.decoder(models.target, drafter, verifier, eos_ids=models.eos_ids)
-    draft_params = models.draft_params if mentions(c.drafters[name], "draft") else ()
-    return decoder, Params(models.target_params, draft_params)
+    return decoder, checkpoints.params(models.target_params, models.drafts, spec)
+
+
+def _builder(
+    c: ConfigDict, draft: checkpoints.Drafting | None, choose: grow.Choose
+) -> grow.Builder:
+    """The tree that the config gives, or one that suits what is drafted with."""
+    if c.tree:
+        return grow.static(tuple(c.tree), choose)
+    heads = None if draft is None else draft.model
+    if isinstance(heads, (MedusaHeads, HydraHeads)):
+        depth = trees.topology(c.tree_of_heads).depth_of
+        return grow.static(tuple(np.asarray(c.tree_of_heads)[depth <= heads.num_heads]), choose)
+    if isinstance(heads, EagleHead) and not c.choose:
+        return grow.dynamic(**c.dynamic_tree)
+    return grow.chain(c.num_draft_tokens, choose)
 
 
 def _print(

@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.table import Table
 
 from specjax import cache as caches
-from specjax import engine, sampling, scripts, trees
+from specjax import checkpoints, engine, sampling, scripts, trees
 from specjax.build import build
 from specjax.drafters.grow import Choose
 from specjax.models.transformer import TransformerConfig, num_params, transformer
@@ -86,13 +86,15 @@ def run(c: ConfigDict) -> list[dict[str, Any]]:
             f"prompt_length is {c.prompt_length}; need 1 to {c.max_length // 2}, half the buffer."
         )
     console = Console()
-    target = transformer(TransformerConfig(**c.target))
-    draft = transformer(TransformerConfig(**c.draft))
     key = jax.random.key(c.seed)
-    params = Params(jax.jit(target.init)(key), jax.jit(draft.init)(key))
+    drafts = {name: _draft(spec, key) for name, spec in c.drafts.items()}
+    layers = checkpoints.feature_layers(drafts)
+    target = transformer(TransformerConfig(**c.target), feature_layers=layers)
+    target_params = jax.jit(target.init)(key)
     records = []
     for name, case in c.cases.items():
-        drafter = build(case.drafter, draft=draft)
+        drafter = build(case.drafter, **checkpoints.given(target, drafts))
+        params = checkpoints.params(target_params, drafts, case.drafter)
         verifier = build(case.verifier)
         decoder = engine.decoder(target, drafter, verifier)
         choose = build(case.choose)
@@ -128,6 +130,12 @@ def run(c: ConfigDict) -> list[dict[str, Any]]:
         )
     _write(c, records, console)
     return records
+
+
+def _draft(spec: ConfigDict, key: Array) -> checkpoints.Drafting:
+    """Heads that the spec names, or else a model of its shape, with random weights."""
+    model = build(spec) if "call" in spec else transformer(TransformerConfig(**spec))
+    return checkpoints.Drafting(model, jax.jit(model.init)(key))
 
 
 def _start(

@@ -51,7 +51,7 @@ def assisted(
         confidence_threshold: drafting stops below it; 0.4 is transformers' default, 0 is off.
     """
     if not draft_directory:
-        raise ValueError("Assisted generation needs a draft; give --config.draft=DIRECTORY.")
+        raise ValueError("Assisted generation needs a draft; give --config.drafts.draft=DIRECTORY.")
     options: list[dict[str, Any]] = [
         {"num_assistant_tokens": n, "assistant_confidence_threshold": threshold}
         for n in num_assistant_tokens

@@ -31,16 +31,16 @@ def build(spec: Any, **given: Any) -> Any:
         return value
     if not isinstance(spec, _MAPPINGS) or "call" not in spec:
         return spec
-    function = _function(spec["call"])
+    named = function(spec["call"])
     arguments = {name: build(value, **given) for name, value in spec.items() if name != "call"}
     try:
-        inspect.signature(function).bind(**arguments)
+        inspect.signature(named).bind(**arguments)
     except TypeError as error:
-        takes = inspect.signature(function)
+        takes = inspect.signature(named)
         raise ValueError(
             f"{spec['call']} is called with ({', '.join(arguments)}): {error}; it takes {takes}."
         ) from error
-    return function(**arguments)
+    return named(**arguments)
 
 
 def mentions(spec: Any, name: str) -> bool:
@@ -50,7 +50,12 @@ def mentions(spec: Any, name: str) -> bool:
     return spec == f"@{name}"
 
 
-def _function(path: str) -> Callable:
+def function(path: str) -> Callable:
+    """What a dotted path names.
+
+    Raises:
+        ValueError: it names nothing.
+    """
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)

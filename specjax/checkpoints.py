@@ -1,94 +1,171 @@
-"""A target and, if there is one, its draft model, read from their directories."""
+"""A target and its drafts, models and heads, read from their directories."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tokenizers as hf_tokenizers
+from ml_collections import ConfigDict
 
+from specjax.build import mentions
 from specjax.data import tokenizers
 from specjax.kernels import native
-from specjax.models import hf
-from specjax.models.transformer import transformer
-from specjax.types import Array, Model, PyTree
+from specjax.models import hf, hf_heads
+from specjax.models.eagle import EagleHead
+from specjax.models.medusa import MedusaHeads
+from specjax.models.transformer import TransformerConfig, transformer
+from specjax.types import Array, Cache, Model, Params, PyTree
 
 _DTYPES = {"auto": jnp.float32, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
+class Drafting(NamedTuple):
+    """Something to draft with."""
+
+    model: Model | hf_heads.Heads
+    params: PyTree
+
+
 class Checkpoints(NamedTuple):
-    """All that decoding needs of two directories."""
+    """All that decoding needs of a target's directory and its drafts'."""
 
     tokenizer: hf_tokenizers.Tokenizer
     eos_ids: tuple[int, ...]
     context: int  # tokens that every model has positions for
     target: Model
     target_params: PyTree
-    draft: Model | None
-    draft_params: PyTree  # () where there is no draft
+    drafts: dict[str, Drafting]  # by name
 
 
 def load(
-    target: str | Path, draft: str | Path = "", dtype: str = "auto", cache_dtype: str = "auto"
+    target: str | Path,
+    drafts: Mapping[str, str | Path] | ConfigDict | str | Path = "",
+    dtype: str = "auto",
+    cache_dtype: str = "auto",
 ) -> Checkpoints:
-    """Reads Hugging Face directories.
+    """Reads directories of Hugging Face models and of heads, see `hf` and `hf_heads`.
 
     Args:
         target: its tokenizer.json and special ids are used.
-        draft: may be empty.
+        drafts: by name; a single one is called "draft", and an empty one is none.
         dtype: "float32" or "bfloat16", of weights and activations; "auto" is float32, but keeps
             weights that are stored in bfloat16 so where the CPU's kernels read them: all values are
             the same, and half as many bytes move.
         cache_dtype: "float32" or "bfloat16", of caches; "auto" is that of activations.
 
     Raises:
-        ValueError: a directory that cannot be read, another dtype, vocabularies that differ.
+        ValueError: a directory that cannot be read, another dtype, vocabularies or hidden sizes
+            that differ, a draft called "target".
     """
-    for name, given in (("dtype", dtype), ("cache_dtype", cache_dtype)):
-        if given not in _DTYPES:
-            raise ValueError(f"{name} is {given!r}; need one of {', '.join(_DTYPES)}.")
+    for name, value in (("dtype", dtype), ("cache_dtype", cache_dtype)):
+        if value not in _DTYPES:
+            raise ValueError(f"{name} is {value!r}; need one of {', '.join(_DTYPES)}.")
     kind = _DTYPES[dtype]
     of_cache = kind if cache_dtype == "auto" else _DTYPES[cache_dtype]
     if not target:
         raise ValueError("No target was given; need --config.target=DIRECTORY.")
-    hf.load_config(target)  # says what is wrong with a directory better than its tokenizer can
-    if draft:
-        hf.check_same_vocabulary(target, draft)
+    config = hf.load_config(target)  # says what is wrong better than its tokenizer can
+    named = {"draft": drafts} if isinstance(drafts, (str, Path)) else dict(drafts.items())
+    if "target" in named:
+        raise ValueError(f"A draft, {named['target']}, is called 'target'; need another name.")
+    directories = {name: directory for name, directory in named.items() if directory}
+    for directory in directories.values():
+        if hf_heads.kind(directory) == "model":
+            hf.check_same_vocabulary(target, directory)
+        else:
+            hf.check_same_tokens(target, directory)
     tokenizer = tokenizers.load(target)
-    found = _read(target, dtype)
-    if tokenizer.get_vocab_size() > found.config.vocab_size:
+    if tokenizer.get_vocab_size() > config.vocab_size:
         raise ValueError(
             f"{target} has {tokenizer.get_vocab_size()} tokens in tokenizer.json but a model of "
-            f"{found.config.vocab_size}; need a tokenizer of this model."
+            f"{config.vocab_size}; need a tokenizer of this model."
         )
-    context = found.config.max_position_embeddings
-    draft_model, draft_params = None, ()
-    if draft:
-        drafted = _read(draft, dtype)
-        context = min(context, drafted.config.max_position_embeddings)
-        draft_model = transformer(drafted.config, kind, cache_dtype=of_cache)
-        draft_params = drafted.params
+    found, context = {}, config.max_position_embeddings
+    for name, directory in directories.items():
+        found[name], shape = _draft(directory, config, dtype, of_cache)
+        if shape is not None:
+            context = min(context, shape.max_position_embeddings)
+    read = hf.load(target, _stored(dtype, hf.stored_dtype(target)))
     return Checkpoints(
         tokenizer,
-        found.eos_ids,
+        read.eos_ids,
         context,
-        transformer(found.config, kind, cache_dtype=of_cache),
-        found.params,
-        draft_model,
-        draft_params,
+        transformer(config, kind, feature_layers(found), of_cache),
+        _widened(read.params, dtype),
+        found,
     )
 
 
-def _read(directory: str | Path, dtype: str) -> hf.Checkpoint:
-    if dtype != "auto":
-        return hf.load(directory, _DTYPES[dtype])
-    stored = hf.stored_dtype(directory)
-    served = jax.default_backend() == "cpu" and native.available()
-    if stored != jnp.bfloat16 or not served:
-        return hf.load(directory, jnp.float32)
-    found = hf.load(directory, stored)
+def given(target: Model, drafts: Mapping[str, Drafting]) -> dict[str, Any]:
+    """What "@target" and "@" with a draft's name stand for in a config."""
+    return {"target": target, **{name: draft.model for name, draft in drafts.items()}}
 
-    def widen(x: Array) -> Array:  # what is no matrix is too small to matter
+
+def params(target_params: PyTree, drafts: Mapping[str, Drafting], spec: Any) -> Params:
+    """The weights of the target and of the draft that a drafter's spec mentions, if it does.
+
+    Raises:
+        ValueError: it mentions several.
+    """
+    mentioned = [name for name in drafts if mentions(spec, name)]
+    if len(mentioned) > 1:
+        raise ValueError(
+            f"A drafter mentions @{' and @'.join(mentioned)}; it has weights of one draft."
+        )
+    return Params(target_params, drafts[mentioned[0]].params if mentioned else ())
+
+
+def feature_layers(drafts: Mapping[str, Drafting]) -> tuple[int, ...]:
+    """The target's layers that the drafts read."""
+    heads = [draft.model for draft in drafts.values() if isinstance(draft.model, EagleHead)]
+    return tuple(sorted(set().union(*(head.feature_layers for head in heads))))
+
+
+def _draft(
+    directory: str | Path, target: TransformerConfig, dtype: str, cache_dtype: Any
+) -> tuple[Drafting, TransformerConfig | None]:
+    """A draft and the shape of its layers, if it has any."""
+    kind = _DTYPES[dtype]
+    if hf_heads.kind(directory) == "model":
+        read = hf.load(directory, _stored(dtype, hf.stored_dtype(directory)))
+        model = transformer(read.config, kind, cache_dtype=cache_dtype)
+        return Drafting(model, _widened(read.params, dtype)), read.config
+    to = _stored(dtype, hf_heads.stored_dtype(directory))
+    heads, weights = hf_heads.load(directory, target, to, kind)
+    weights = _widened(weights, dtype)
+    if isinstance(heads, MedusaHeads):
+        return Drafting(heads, weights), None
+    shape = heads.config if isinstance(heads, EagleHead) else heads.prefix
+    if cache_dtype != kind:
+        heads = _with_cache_of(heads, cache_dtype)
+    return Drafting(heads, weights), shape
+
+
+def _with_cache_of(heads: Any, dtype: Any) -> Any:
+    """Heads whose cache has a dtype of its own."""
+
+    def init_cache(batch_size: int, max_length: int) -> Cache:
+        cache = heads.init_cache(batch_size, max_length)
+        keys, values = jax.tree.map(lambda x: x.astype(dtype), (cache.keys, cache.values))
+        return Cache(keys, values, cache.length)
+
+    return heads._replace(init_cache=init_cache)
+
+
+def _stored(dtype: str, stored: np.dtype | None) -> Any:
+    """The dtype to read weights in."""
+    served = jax.default_backend() == "cpu" and native.available()
+    keeps = dtype == "auto" and stored == jnp.bfloat16 and served
+    return jnp.bfloat16 if keeps else _DTYPES[dtype]
+
+
+def _widened(params: PyTree, dtype: str) -> PyTree:
+    """With "auto", what is no matrix in float32: it is too small to matter."""
+
+    def widen(x: Array) -> Array:
         return x if x.ndim > 1 else x.astype(jnp.float32)
 
-    return found._replace(params=jax.tree.map(widen, found.params))
+    return jax.tree.map(widen, params) if dtype == "auto" else params

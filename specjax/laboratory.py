@@ -70,7 +70,8 @@ def tabular_pair(
 def transformer_pair(vocab_size: int = 5, dtype: jnp.dtype = jnp.float32) -> Pair:
     """Two different random transformers whose laws are uneven, to sample from."""
     return Pair(
-        *testing.tiny_model(vocab_size, seed=1, dtype=dtype),
+        # Heads may read any of its layers.
+        *testing.tiny_model(vocab_size, seed=1, dtype=dtype, feature_layers=(0, 1)),
         # A single layer would hide cache copies.
         *testing.tiny_model(vocab_size, hidden_size=8, head_dim=6, seed=2, dtype=dtype),
     )

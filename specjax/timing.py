@@ -95,3 +95,16 @@ def interleaved(
                 found[part].append(1e3 * timed(sizes[part]) / sizes[part])
                 progress.advance(task)
     return found
+
+
+def matmul_peak(dtype: jnp.dtype, width: int = 2048, repeats: int = 3) -> float:
+    """Operations per second of one device's product of two [width, width] matrices, at its best."""
+    x = jnp.ones((width, width), dtype)
+    product = jax.jit(lambda x: x @ x)
+    jax.block_until_ready(product(x))
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(product(x))
+        seconds.append(time.perf_counter() - start)
+    return 2 * width**3 / min(seconds)

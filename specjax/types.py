@@ -197,6 +197,8 @@ class Model(NamedTuple):
     embed: Callable  # (params, tokens [...]) -> [..., E]
     unembed: Callable  # (params, normed hidden [..., E]) -> logits [..., V] float32, no norm
     vocab_size: int
+    hidden_size: int = 0  # E, of `embed` and of the features' first part
+    feature_layers: tuple[int, ...] = ()  # whose input residuals, E wide each, follow in features
 
 
 LAWS = ("point", "chain", "paths", "siblings", "hybrid", "general", "coupled")

@@ -3,12 +3,22 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
+import numpy as np
+
 from specjax.conformance import EOS_ID as EOS_ID
 from specjax.drafters import grow
+from specjax.drafters.eagle import eagle
+from specjax.drafters.hydra import hydra
 from specjax.drafters.lookup import lookup
+from specjax.drafters.medusa import medusa
 from specjax.drafters.model import model
 from specjax.drafters.none import none
 from specjax.laboratory import transformer_pair
+from specjax.models.eagle import EagleHead, eagle3_head, eagle_head
+from specjax.models.hydra import HydraHeads, hydra_heads
+from specjax.models.medusa import MedusaHeads, medusa_heads
+from specjax.models.transformer import TransformerConfig
 from specjax.types import Drafter, Model, PyTree, Verifier
 from specjax.verifiers.block import block
 from specjax.verifiers.gbv import gbv
@@ -45,6 +55,23 @@ def nothing() -> PyTree:
     return ()
 
 
+Heads = MedusaHeads | HydraHeads | EagleHead
+
+
+def uneven(heads: Heads) -> PyTree:
+    """Weights of heads; new ones predict what the target predicted a token ago."""
+    rng = np.random.default_rng(3)
+    params = jax.jit(heads.init)(jax.random.key(3))
+    return jax.tree.map(lambda x: x + 0.5 * rng.standard_normal(x.shape, np.float32), params)
+
+
+MEDUSA = medusa_heads(16, num_heads=3)
+LAYER = TransformerConfig(5, 16, 24, 1, 2, 1, 6)
+HYDRA = hydra_heads(16, num_heads=3, num_layers=2, prefix=LAYER)
+EAGLE, EAGLE3 = eagle_head(LAYER), eagle3_head(LAYER, (0, 1))
+EAGLE3_OF_THREE = eagle3_head(LAYER, (1,), vocabulary=np.array([0, 2, 3]))
+
+
 def independent_model(build: grow.Builder) -> Callable[[], Drafter]:
     return lambda: model(draft_model()[0], build)
 
@@ -55,6 +82,7 @@ BUILDERS: dict[str, tuple[grow.Builder, tuple[Callable[[], Verifier], ...]]] = {
     "chain best": (grow.chain(3, grow.best()), (match, rejection)),
     "chain without_replacement": (grow.chain(3, WOR), (match, rejection, block)),
     "chain coupled": (grow.chain(3, grow.coupled()), (match, rejection)),
+    "dynamic": (grow.dynamic(6, 2, 3), ()),
     "tree best": (grow.static(TREE, grow.best()), (match, rejection)),
     "tree without_replacement": (grow.static(TREE, WOR), (match, rejection, traversal)),
     "tree independent": (grow.static(TREE, IID), (rejection, kseq)),
@@ -73,3 +101,37 @@ for _name, (_build, _verifiers) in BUILDERS.items():
         CASES[f"model {_name}/{_verifier.__name__}"] = Case(
             independent_model(_build), _verifier, lambda: draft_model()[1], "model"
         )
+
+
+def heads_case(
+    drafter: Callable,
+    heads: Heads,
+    build: str,
+    verifier: Callable[[], Verifier],
+    kind: str = "",
+) -> Case:
+    return Case(
+        lambda: drafter(target()[0], heads, BUILDERS[build][0]),
+        verifier,
+        lambda: uneven(heads),
+        kind or drafter.__name__,
+    )
+
+
+CASES |= {
+    "medusa tree best/match": heads_case(medusa, MEDUSA, "tree best", match),
+    "medusa tree without_replacement/rejection": heads_case(
+        medusa, MEDUSA, "tree without_replacement", rejection
+    ),
+    "hydra tree best/match": heads_case(hydra, HYDRA, "tree best", match),
+    "hydra chain without_replacement/block": heads_case(
+        hydra, HYDRA, "chain without_replacement", block
+    ),
+    "eagle dynamic/match": heads_case(eagle, EAGLE, "dynamic", match),
+    "eagle3 tree without_replacement/traversal": heads_case(
+        eagle, EAGLE3, "tree without_replacement", traversal, "eagle3"
+    ),
+    "eagle3 of three tokens, chain without_replacement/rejection": heads_case(
+        eagle, EAGLE3_OF_THREE, "chain without_replacement", rejection, "eagle3"
+    ),
+}

@@ -52,7 +52,7 @@ def shrink(c: ConfigDict, directories: tuple[str, str], output: Path) -> ConfigD
     for method in c.methods.values():
         if "drafter" in method:
             shrink_drafter(method.drafter)
-    c.update(target=directories[0], draft=directories[1], output=str(output))
+    c.update(target=directories[0], drafts={"draft": directories[1]}, output=str(output))
     c.update(num_prompts=2, prompt_length=16, max_new_tokens=10, repeats=1)
     return c
 
@@ -63,9 +63,6 @@ def test_a_config_loads_and_says_how_to_run_it(name: str) -> None:
     c = module.get_config()
     assert isinstance(c, ConfigDict)
     assert "    python " in (module.__doc__ or "")
-    if name.startswith("configs/train/"):
-        model = transformer(TransformerConfig(vocab_size=64, **c.model))
-        assert jax.eval_shape(model.init, jax.random.key(0))
 
 
 def test_demo(directories: tuple[str, str], tmp_path: Path) -> None:
@@ -186,12 +183,13 @@ def test_transformers(directories: tuple[str, str], tmp_path: Path) -> None:
 
 def test_llama_30m(tmp_path: Path) -> None:
     c = load("configs/bench/llama_30m.py").get_config()
-    target, draft = (transformer(TransformerConfig(**shape)) for shape in (c.target, c.draft))
+    shapes = (c.target, c.drafts.draft)
+    target, draft = (transformer(TransformerConfig(**shape)) for shape in shapes)
     for case in c.cases.values():
         drafter, verifier = build(case.drafter, draft=draft), build(case.verifier)
         assert engine.decoder(target, drafter, verifier).lossless
     c.target.update(TINY)
-    c.draft.update(TINY)
+    c.drafts.draft.update(TINY)
     c.update(output=str(tmp_path), repeats=1, seconds=0.01, max_length=256, prompt_length=8)
     c.cases = {"sampled": c.cases.sampled}
     shrink_drafter(c.cases.sampled.drafter)

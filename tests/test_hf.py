@@ -472,7 +472,8 @@ def test_a_cache_has_its_own_dtype(tmp_path: Path) -> None:
     saved = save_model(tmp_path / "model")
     for given, kind in (("auto", jnp.float32), ("bfloat16", jnp.bfloat16)):
         models = checkpoints.load(saved, saved, "float32", given)
-        for model in (models.target, models.draft):
+        draft: Any = models.drafts["draft"].model
+        for model in (models.target, draft):
             assert model.init_cache(1, 4).keys[0].dtype == kind
     for wrong in ({"dtype": "int8"}, {"cache_dtype": "float16"}):
         with pytest.raises(ValueError, match="need one of auto, float32, bfloat16"):

@@ -1,12 +1,15 @@
 """The scripts as users meet them: what they print, and one clear line where the input is wrong."""
 
+import dataclasses
 import io
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
+import jax
+import numpy as np
 import pytest
 from directories import CONTEXT, ROOT, save_model
 from ml_collections import ConfigDict
@@ -16,6 +19,11 @@ from configs.bench import demo
 from decode import benchmark, generate
 from specjax import engine, prompts
 from specjax.build import build
+from specjax.models import hf, hf_heads
+from specjax.models.eagle import eagle3_head, eagle_head
+from specjax.models.hydra import hydra_heads
+from specjax.models.medusa import medusa_heads
+from specjax.types import Decoder, Params
 
 
 class Directories(NamedTuple):
@@ -34,6 +42,14 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> Directories:
         save_model(path / "other", vocab_size=310),
         path,
     )
+
+
+def save_heads(directory: Path, heads: Any) -> str:
+    """Heads of random weights."""
+    shapes = jax.eval_shape(heads.init, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    hf_heads.save(directory, heads, jax.tree.map(lambda x: rng.normal(size=x.shape), shapes))
+    return str(directory)
 
 
 def config(directories: Directories, **options: object) -> ConfigDict:
@@ -64,6 +80,50 @@ def test_generate_streams_what_a_batch_prints(
     assert [line["prompt"] for line in lines] == texts
     assert lines[0]["text"] + "\n" == streamed.out
     assert all(1 <= line["tokens"] <= 12 for line in lines)
+
+
+class Stop(Exception):
+    """Stands for decoding."""
+
+
+def test_generate_drafts_with_what_a_directory_holds(
+    directories: Directories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads of every kind, with trees that suit them, no deeper than there are heads."""
+    layer = dataclasses.replace(hf.load_config(directories.target), num_layers=1)
+    heads: dict[str, tuple[Any, tuple]] = {
+        "medusa": (medusa_heads(16, num_heads=2), ("coupled", 7, 2)),
+        "hydra": (hydra_heads(16, num_heads=5, prefix=layer), ("coupled", 10, 4)),
+        "eagle": (eagle_head(layer), ("point", 12, 4)),
+        "eagle3": (eagle3_head(layer, (0,)), ("point", 12, 4)),
+    }
+
+    def stop(decoder: Decoder, params: Params, *_: object) -> NoReturn:
+        raise Stop(decoder.proposal, jax.tree.structure(params.drafter))
+
+    monkeypatch.setattr(engine, "prefill", stop)
+    for name, (functions, proposal) in heads.items():
+        c = config(directories, temperature=1.0)
+        c.draft = save_heads(directories.path / name, functions)
+        structure = jax.tree.structure(jax.eval_shape(functions.init, jax.random.key(0)))
+        for tree, expected in (((), proposal), ((-1, 0, 1), ("coupled", 3, 2))):
+            c.tree = tree
+            with pytest.raises(Stop) as stopped:
+                generate.main(c)
+            assert stopped.value.args == (expected, structure)
+
+
+def test_generate_with_eagle3_says_what_plain_decoding_says(
+    directories: Directories, capsys: pytest.CaptureFixture
+) -> None:
+    layer = dataclasses.replace(hf.load_config(directories.target), num_layers=1)
+    printed = []
+    for draft in ("", save_heads(directories.path / "eagle3", eagle3_head(layer, (0,)))):
+        c = config(directories, temperature=1.0, seed=3)
+        c.update(draft=draft, drafter="" if draft else "none")
+        generate.main(c)
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] != ""
 
 
 def test_prompts_from_files(tmp_path: Path) -> None:
@@ -119,6 +179,8 @@ def damaged(directories: Directories, name: str) -> str:
         ({"steps_per_call": 0}, "steps_per_call is 0"),
         ({"drafter": "guess"}, "drafter is 'guess'; need one of"),
         ({"drafter": "model", "draft": ""}, "needs a draft"),
+        ({"drafter": "eagle"}, "drafter is 'eagle' but .* holds one for 'model'"),
+        ({"draft": "wide heads"}, "hidden size 8, but the target's is 16"),
         ({"verifier": "hope"}, "specjax.verifiers.hope.hope"),
         ({"choose": "worst"}, "worst"),
         ({"dtype": "float8"}, "float8"),
@@ -136,6 +198,8 @@ def test_generate_refuses(
         c.target = damaged(directories, c.target)
     if c.draft == "other":
         c.draft = directories.other
+    if c.draft == "wide heads":
+        c.draft = save_heads(directories.path / "wide", medusa_heads(8))
     with pytest.raises(ValueError, match=message):
         generate.main(c)
 
@@ -149,7 +213,7 @@ def test_generate_refuses(
         ({"repeats": 0}, "repeats is 0"),
         ({"num_prompts": 0}, "0 prompts"),
         ({"prompt_length": CONTEXT}, f"context is {CONTEXT}"),
-        ({"draft": ""}, "needs a draft"),
+        ({"drafts": {"draft": ""}}, "needs a draft"),
     ],
     ids=str,
 )
@@ -158,7 +222,7 @@ def test_benchmark_refuses(
 ) -> None:
     monkeypatch.setattr(engine, "prefill", refuse)
     c = demo.get_config()
-    c.update(target=directories.target, draft=directories.draft)
+    c.update(target=directories.target, drafts={"draft": directories.draft})
     c.update(options)
     with pytest.raises(ValueError, match=message):
         benchmark.main(c)

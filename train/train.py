@@ -1,66 +1,65 @@
-"""Trains a target from text, or a draft model from its target, in one straight line.
+"""Trains a model from text, or a drafter from its target, in one straight line.
 
     python train/train.py --config=configs/train/target.py
-    python train/train.py --config=configs/train/draft.py
+    python train/train.py --config=configs/train/eagle3.py
 
-Writes metrics.jsonl and Orbax checkpoints into `config.workdir` and, at the end, a Hugging Face
-directory into `config.export`. Interrupted at any moment, the same command resumes exactly:
-parameters, optimizer, data order and randomness.
+Writes metrics.jsonl and Orbax checkpoints into `config.workdir` and, at the end, the best
+parameters as a Hugging Face directory into `config.export`. Best is what is accepted most in
+genuine decoding of held-out prompts, measured every `config.eval.every` steps. Killed at any
+moment, the same command resumes exactly: parameters, optimizer, data and randomness.
 """
 
+import dataclasses
 import json
 import os
 import shlex
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
-from optax.contrib import MuonDimensionNumbers, muon
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from specjax import scripts
-from specjax.data import batches, sources, tokenizers
+from specjax import checkpointing, engine, evaluation, optimizers, scripts, sharding
+from specjax.build import build, function
+from specjax.data import batches, generated, mixture, rows, shards, sources, tokenizers
+from specjax.data import teacher_cache as caches
+from specjax.data.fingerprint import fingerprint
+from specjax.drafters.none import none
 from specjax.models import hf
-from specjax.models.transformer import TransformerConfig, num_params, transformer
-from specjax.objectives.distill import distill
-from specjax.objectives.next_token import next_token
-from specjax.types import Array, PyTree
-
-
-def _layer_matrices(params: PyTree) -> PyTree:
-    """The axes (in, out) of what Muon orthogonalises; None at embeddings, heads and norms."""
-
-    def axes(path: tuple, x: Array) -> MuonDimensionNumbers | None:
-        in_layer = any("layers_" in jax.tree_util.keystr((key,)) for key in path)
-        return MuonDimensionNumbers(1, 0) if in_layer and x.ndim == 2 else None
-
-    return jax.tree_util.tree_map_with_path(axes, params)
+from specjax.models.transformer import num_params, transformer
+from specjax.objectives import Batch, Objective
+from specjax.timing import matmul_peak
+from specjax.types import Array, Decoder, Model, Params, PyTree
+from specjax.verifiers.match import match
 
 
 def train(c: ConfigDict) -> None:
     """Trains, resuming where an earlier run of the same config stopped, and exports."""
     workdir = Path(c.workdir).absolute()
     workdir.mkdir(parents=True, exist_ok=True)
+    mesh = sharding.mesh(c.mesh)
+    sharding.check_batch(mesh, c.batch_size, c.accumulate)
+    by_row = sharding.batch_sharding(mesh)
+    dtype = jnp.dtype(c.dtype)
 
-    # The target, whose tokens and law a draft learns.
-    checkpoint = hf.load(c.target, jnp.float32) if c.target else None
-
-    # Text, tokenizer, packed sequences.
-    documents = sources.text_files(c.sources) if c.sources else sources.standard_library()
-    training, held_out = sources.split(documents)
-    if not held_out:
-        raise ValueError(
-            f"None of {len(documents)} documents is held out for validation; name one of them "
-            f"like one of {sources.HELD_OUT[:3]}."
+    # The target, whose tokens, features and law a drafter learns.
+    checkpoint, target, target_params = None, None, ()
+    if c.target:
+        checkpoint = hf.load(c.target, jnp.float32)
+        target = transformer(checkpoint.config, dtype, tuple(c.feature_layers))
+        target_params = _cast(checkpoint.params, dtype)
+        target_params = jax.device_put(
+            target_params, sharding.state_sharding(mesh, jax.eval_shape(lambda: target_params))
         )
+
+    # Text, tokenizer, tokens.
+    training, held_out = sources.split(_documents(c.sources))
     if checkpoint is not None:
         if not checkpoint.eos_ids:
             raise ValueError(
@@ -68,179 +67,264 @@ def train(c: ConfigDict) -> None:
             )
         tokenizer = tokenizers.load(c.target)
         vocab_size, end_id = checkpoint.config.vocab_size, checkpoint.eos_ids[0]
+        if tokenizer.get_vocab_size() > vocab_size:
+            raise ValueError(
+                f"{c.target} has {tokenizer.get_vocab_size()} tokens in tokenizer.json but a model "
+                f"of {vocab_size}; need the target's own tokenizer."
+            )
     else:
         tokenizer = tokenizers.train_bpe((d.text for d in training), c.vocab_size)
         vocab_size, end_id = tokenizer.get_vocab_size(), 0
     tokens = batches.encode(training, tokenizer, end_id)
-    sequences = batches.pack(tokens, c.sequence_length)
     validation_tokens = batches.encode(held_out, tokenizer, end_id)
-    validation = batches.pack(validation_tokens, c.sequence_length)[: c.eval_sequences]
+    validation = rows.packed(batches.pack(validation_tokens, c.sequence_length))
+    if min(len(validation.tokens), c.eval.num_sequences) < c.batch_size:
+        raise ValueError(
+            f"The held-out text has {len(validation.tokens)} sequences and eval.num_sequences is "
+            f"{c.eval.num_sequences}; a batch of {c.batch_size} needs as many of both."
+        )
     bytes_per_token = batches.bytes_per_token(held_out, validation_tokens)
-    data = batches.batches(sequences, c.batch_size, c.seed)
 
-    # Model and objective.
-    try:
-        config = TransformerConfig(vocab_size=vocab_size, **c.model)
-    except TypeError as error:
-        raise ValueError(f"config.model has {sorted(c.model)}: {error}.") from error
-    model = transformer(config)
-    target_params: PyTree = ()
-    if c.objective == "next_token":
-        objective = next_token(model)
-    elif c.objective == "distill":
-        if checkpoint is None:
-            raise ValueError("Objective distill has no target; set config.target to a directory.")
-        target_params = checkpoint.params
-        objective = distill(model, transformer(checkpoint.config))
-    else:
-        raise ValueError(f"Objective {c.objective!r} is unknown; use next_token or distill.")
+    # Objective.
+    options = {**c.options.to_dict(), "dtype": c.dtype}
+    if options.get("model") == "@target" and checkpoint is not None:
+        options["model"] = dataclasses.asdict(checkpoint.config)
+    elif "model" in options:
+        options["model"] = {**options["model"], "vocab_size": vocab_size}
+    objective: Objective = function(c.objective)(options, target)
+    name = c.objective.split(".")[-1]
 
-    # Optimizer: warm-up, then a cosine to zero; only matrices decay.
-    def schedule(peak: float) -> optax.Schedule:
-        return optax.warmup_cosine_decay_schedule(0.0, peak, c.warmup_steps, c.num_steps)
+    # Optimizer, state and step.
+    optimizer = build({**c.optimizer.to_dict(), "num_steps": c.num_steps})
 
-    learning_rate = schedule(c.learning_rate)
-    if c.optimizer == "adamw":
-        optimizer = optax.adamw(
-            learning_rate,
-            b2=0.95,
-            weight_decay=c.weight_decay,
-            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
-        )
-    elif c.optimizer == "muon":  # for the layers' matrices; Adam for all else
-        optimizer = muon(
-            learning_rate,
-            weight_decay=c.weight_decay,
-            adam_b2=0.95,
-            adam_learning_rate=schedule(c.adam_learning_rate),
-            muon_weight_dimension_numbers=_layer_matrices,
-        )
-    else:
-        raise ValueError(f"Optimizer {c.optimizer!r} is unknown; use adamw or muon.")
-    optimizer = optax.chain(optax.clip_by_global_norm(c.clip_norm), optimizer)
+    def init_params(rng_key: Array, target_params: PyTree) -> PyTree:
+        return _cast(objective.init(rng_key, target_params), jnp.dtype("float32"))
 
-    # Data parallel over every device: parameters replicated, batches split by rows.
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    replicated, by_row = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-    if c.batch_size % jax.device_count():
-        raise ValueError(f"Batch {c.batch_size} does not divide over {jax.device_count()} devices.")
+    def init_state(params: PyTree) -> PyTree:
+        steps = {"step": jnp.int32(0), "bad_step": jnp.int32(-1)}
+        return {"params": params, "opt_state": optimizer.init(params), **steps}
 
-    def init_state(rng_key: Array) -> PyTree:
-        params = objective.init(rng_key, target_params)
-        return {"params": params, "opt_state": optimizer.init(params), "step": jnp.int32(0)}
+    gradient = optimizers.accumulated(
+        sharding.value_and_grad(mesh, objective.loss, dtype), c.accumulate
+    )
 
     def train_step(
-        state: PyTree, target_params: PyTree, batch: Array
+        state: PyTree, target_params: PyTree, batch: Batch
     ) -> tuple[PyTree, dict[str, Array]]:
-        rng_key = jax.random.fold_in(jax.random.key(c.seed), state["step"])
-        gradient = jax.value_and_grad(objective.loss, has_aux=True)
-        (loss, metrics), grads = gradient(state["params"], target_params, batch, rng_key)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), **metrics}
-        return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
-
-    def eval_step(params: PyTree, target_params: PyTree, batch: Array) -> dict[str, Array]:
-        loss, metrics = objective.loss(params, target_params, batch, jax.random.key(c.seed))
-        return {"loss": loss, **metrics}
+        params, step = state["params"], state["step"]
+        rng_key = jax.random.fold_in(jax.random.key(c.seed), step)
+        (nats, metrics), grads = gradient(params, target_params, batch, rng_key)
+        norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
+        updates, opt_state = optimizer.update(grads, state["opt_state"], params)
+        if objective.update_scale is not None:
+            updates = optimizers.scaled_updates(updates, objective.update_scale(step))
+        finite = jnp.isfinite(nats) & jnp.isfinite(norm)
+        state = {
+            "params": optax.apply_updates(params, updates),
+            "opt_state": opt_state,
+            "step": step + 1,
+            # Found by whoever looks next, so that no step waits to be looked at.
+            "bad_step": jnp.where((state["bad_step"] < 0) & ~finite, step + 1, state["bad_step"]),
+        }
+        return state, {"loss": nats, "grad_norm": norm, **metrics}
 
     rng_key = jax.random.key(c.seed)
-    state = jax.jit(init_state, out_shardings=replicated)(rng_key)
-    target_params = jax.device_put(target_params, replicated)
-    train_step = jax.jit(
-        train_step, in_shardings=(replicated, replicated, by_row), donate_argnums=0
+    like = jax.eval_shape(lambda *x: init_state(init_params(*x)), rng_key, target_params)
+    placed = sharding.state_sharding(mesh, like)
+    # Weights read from a file would be constants of a compiled program.
+    init = init_params if options.get("initial") else jax.jit(init_params)
+    params = jax.device_put(init(rng_key, target_params), placed["params"])
+    state = jax.jit(init_state, out_shardings=placed)(params)
+    step_of = jax.jit(train_step, donate_argnums=0, out_shardings=(placed, None))
+    read = jax.jit(lambda params: sharding.gathered(mesh, params, dtype))
+    eval_step = jax.jit(objective.loss)
+
+    # Rows: text, what the target wrote, what the student writes while it learns.
+    def decoder_of(model: Model, drafter: Any) -> Decoder:
+        drafter = none() if drafter is None else build(drafter, target=model)
+        return engine.decoder(model, drafter, match(), eos_ids=(end_id,))
+
+    def written(
+        where: str, decoder: Decoder, params: Params, num_rows: int, seed: int, about: dict
+    ) -> rows.Rows:
+        prompts = generated.windows(tokens, c.generated.prompt_length, num_rows, seed)
+
+        def make(start: int, stop: int) -> rows.Rows:
+            sampled = {"temperature": c.generated.temperature, "seed": seed, "first_row": start}
+            size = (c.sequence_length, c.generated.batch_size)
+            return generated.generate(decoder, params, prompts[start:stop], *size, **sampled)
+
+        about = {**about, **c.generated.to_dict(), "length": c.sequence_length, "seed": seed}
+        about = json.loads(json.dumps({**about, "tokens": fingerprint(tokens)}))
+        with _progress() as progress:
+            task = progress.add_task(f"{where}: rows written", total=num_rows)
+            return shards.write(
+                *(workdir / where, about, num_rows, make),
+                chunk_rows=c.generated.batch_size,
+                replace=True,
+                progress=lambda done, _: progress.update(task, completed=done),
+            )
+
+    def write_round(number: int, num_rows: int) -> rows.Rows:
+        model = objective.student
+        assert model is not None
+        params = Params(read(state["params"]))
+        return written(
+            f"student/{number:05}",
+            *(decoder_of(model, None), params, num_rows, c.seed + 1 + number),
+            {"config": fingerprint(np.frombuffer(c.to_json().encode(), np.uint8))},
+        )
+
+    start, end = ({name: pair[i] for name, pair in c.data.items()} for i in (0, 1))
+    kinds: dict[str, rows.Rows | mixture.OnPolicy] = {}
+    for kind in c.data:
+        if kind == "text":
+            kinds[kind] = rows.packed(batches.pack(tokens, c.sequence_length))
+        elif kind == "target" and target is not None:
+            about = {"target": fingerprint(target_params)}
+            decoder = decoder_of(target, c.generated.drafter)
+            number = c.generated.num_rows
+            kinds[kind] = written(kind, decoder, Params(target_params), number, c.seed, about)
+        elif kind == "student" and objective.student is not None:
+            kinds[kind] = mixture.OnPolicy(c.generated.round_steps, write_round)
+        else:
+            raise ValueError(
+                f"Data of kind {kind!r} cannot be had for objective {name}; need text, "
+                "target (with a target) or student (where the student writes text by itself)."
+            )
+    if c.teacher_cache:
+        if target is None or set(c.data) != {"text"}:
+            raise ValueError("A teacher cache needs a target and data of kind text alone.")
+        kinds["text"] = _taught(c, target, target_params, kinds["text"], workdir / "teacher")
+    schedule = mixture.Schedule(start, end, c.num_steps)
+    data = mixture.mixture(
+        *(kinds, schedule, c.batch_size, c.seed),
+        shard_index=jax.process_index(),
+        num_shards=jax.process_count(),
     )
-    eval_step = jax.jit(eval_step, in_shardings=(replicated, replicated, by_row))
+
+    def placed_batch(fields: dict[str, np.ndarray]) -> Batch:
+        put = jax.make_array_from_process_local_data
+        return Batch(**{name: put(by_row, x) for name, x in fields.items()})
 
     # Resume.
-    manager = ocp.CheckpointManager(
-        workdir / "checkpoints",
-        options=ocp.CheckpointManagerOptions(max_to_keep=c.keep_checkpoints, create=True),
-    )
-    metrics_file = workdir / "metrics.jsonl"
-    history: list[dict] = []
-    if (step := manager.latest_step()) is not None:
-        restored = manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(state), data=ocp.args.JsonRestore()
-            ),
+    kept = checkpointing.checkpoints(workdir / "checkpoints", c.keep_checkpoints)
+    if (step := kept.latest()) is not None:
+        like = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, placed
         )
-        state = restored["state"]
-        data.set_state(restored["data"])
-        history = [json.loads(line) for line in metrics_file.read_text().splitlines()]
-        history = [record for record in history if record["step"] <= step]
+        state, data_state = kept.restore(step, like)
+        data.set_state(data_state)
         print(f"Resumed from step {step} of {c.num_steps} in {workdir}.", flush=True)
-    metrics_file.write_text("".join(json.dumps(record) + "\n" for record in history))
+    history = checkpointing.read(workdir / "metrics.jsonl", step or 0)
+    logs = [checkpointing.metrics_log(workdir / "metrics.jsonl")]
+    if c.tensorboard:
+        logs.append(checkpointing.tensorboard(workdir / "tensorboard"))
 
-    def evaluate(params: PyTree) -> dict[str, float]:
-        rows = len(validation) // c.batch_size * c.batch_size
+    # Evaluation: the loss on held-out text, and what decoding held-out prompts accepts.
+    decoding, depth = None, 0
+    if objective.drafter is not None:
+        drafter, depth = objective.drafter, objective.drafter.proposal.depth
+        assert target is not None
+        assert checkpoint is not None
+        prompts = generated.windows(
+            validation_tokens, c.eval.prompt_length, c.eval.num_prompts, seed=0
+        )
+        context = checkpoint.config.max_position_embeddings
+        decoding = evaluation.acceptance(
+            target, drafter, prompts, c.eval.max_new_tokens, context, (end_id,)
+        )
+
+    def evaluate(params: PyTree) -> dict[str, Any]:
+        params, frozen = read(params), read(target_params)
+        count = min(c.eval.num_sequences, len(validation.tokens)) // c.batch_size
         results = [
-            eval_step(params, target_params, jnp.asarray(validation[i : i + c.batch_size]))
-            for i in range(0, rows, c.batch_size)
+            eval_step(
+                params,
+                frozen,
+                placed_batch(
+                    rows.take(validation, np.arange(i * c.batch_size, (i + 1) * c.batch_size))
+                ),
+                jax.random.key(c.seed),
+            )
+            for i in range(count)
         ]
-        mean = {k: float(np.mean([r[k] for r in results])) for k in results[0]}
-        mean["bits_per_byte"] = mean["cross_entropy"] / np.log(2) / bytes_per_token
-        return {f"validation_{k}": v for k, v in mean.items()}
+        found = [{"loss": nats, **metrics} for nats, metrics in jax.device_get(results)]
+        mean = {k: float(np.mean([r[k] for r in found])) for k in found[0]}
+        if "cross_entropy" in mean:
+            mean["bits_per_byte"] = mean["cross_entropy"] / np.log(2) / bytes_per_token
+        record: dict[str, Any] = {f"validation_{k}": v for k, v in mean.items()}
+        score = -mean["loss"]
+        if decoding is not None:
+            genuine = decoding(objective.params(params, frozen))
+            forced = evaluation.teacher_forced(mean, depth)
+            for temperature, figures in genuine.items():
+                record |= {f"{name}_at_{temperature:g}": x for name, x in figures.items()}
+                record[f"teacher_forced_mat_at_{temperature:g}"] = forced[temperature]
+            score = float(np.mean([figures["mat"] for figures in genuine.values()]))
+        return {**record, "score": score}
 
     # Train.
     size = num_params(state["params"])
+    peak = matmul_peak(dtype) * jax.device_count()
+    compiled = None
     print(
-        f"{c.objective}: {size / 1e6:.2f}M parameters, {len(tokens) / 1e6:.2f}M tokens of text, "
+        f"{name}: {size / 1e6:.2f}M parameters, {len(tokens) / 1e6:.2f}M tokens of text, "
         f"{c.num_steps * c.batch_size * c.sequence_length / 1e6:.1f}M tokens of training, "
         f"{jax.device_count()} {jax.default_backend()} device(s)",
         flush=True,
     )
-    columns = (BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
-    with (
-        Progress(*columns, TimeRemainingColumn(), TextColumn("{task.description}")) as progress,
-        open(metrics_file, "a") as log,
-    ):
-        done = int(state["step"])
-        task = progress.add_task("", total=c.num_steps, completed=done)
+    done = int(state["step"])
+    with _progress() as progress:
+        task = progress.add_task(name, total=c.num_steps, completed=done)
         started, since = time.perf_counter(), done
         while done < c.num_steps:
-            state, metrics = train_step(state, target_params, next(data))
+            batch = placed_batch(next(data))
+            if compiled is None:  # ahead of time: no later step can be traced again
+                compiled = step_of.lower(state, target_params, batch).compile()
+                flops = float((compiled.cost_analysis() or {}).get("flops", 0))
+                started = time.perf_counter()
+            state, metrics = compiled(state, target_params, batch)
             done += 1
-            evaluated = done % c.eval_every == 0 or done == c.num_steps
-            if done % c.log_every == 0 or evaluated:
-                record = {"step": done, **{k: float(v) for k, v in metrics.items()}}
-                seconds = time.perf_counter() - started
-                rate = (done - since) * c.batch_size * c.sequence_length / seconds
-                started, since = time.perf_counter(), done
-                record |= {"tokens_per_second": rate, "learning_rate": float(learning_rate(done))}
-                if not np.isfinite(record["loss"]):
-                    raise ValueError(
-                        f"Loss is {record['loss']} at step {done}; the last good checkpoint is "
-                        f"step {manager.latest_step()} in {workdir}."
-                    )
-                if evaluated:
-                    record |= evaluate(state["params"])
-                    started = time.perf_counter()
-                history.append(record)
-                log.write(json.dumps(record) + "\n")
-                log.flush()
-                shown = [f"loss {record['loss']:.3f}", f"{rate:,.0f} tokens/s"]
-                latest = [r for r in history if "validation_loss" in r]
-                if latest:
-                    shown.append(f"validation {latest[-1]['validation_loss']:.3f}")
-                progress.update(task, completed=done, description=", ".join(shown))
-            if done % c.checkpoint_every == 0 or done == c.num_steps:
-                manager.save(
-                    done,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardSave(state),
-                        data=ocp.args.JsonSave(data.get_state()),
-                    ),
+            is_last = done == c.num_steps
+            evaluated = done % c.eval.every == 0 or is_last
+            saved = done % c.checkpoint_every == 0 or is_last
+            if done % c.log_every and not evaluated and not saved:
+                continue
+            if (bad_step := int(state["bad_step"])) >= 0:
+                good = kept.latest()
+                raise ValueError(
+                    f"Loss or gradient is not finite at step {bad_step}; the last good checkpoint "
+                    f"is {'none' if good is None else f'step {good}'} in {workdir}."
                 )
-        manager.wait_until_finished()
+            record = {"step": done, **{k: float(v) for k, v in metrics.items()}}
+            seconds = (time.perf_counter() - started) / (done - since)
+            record["learning_rate"] = float(optimizer.learning_rate(done))
+            record["tokens_per_second"] = c.batch_size * c.sequence_length / seconds
+            record["share_of_matmul_peak"] = flops / seconds / peak
+            if evaluated:
+                record |= evaluate(state["params"])
+                kept.keep_best(done, state["params"], record["score"])
+            for log in logs:
+                log.append(record)
+            history.append(record)
+            progress.update(task, completed=done, description=_shown(name, history))
+            if saved:
+                kept.save(done, state, data.get_state())
+            started, since = time.perf_counter(), done
+    kept.close()
 
-    # Export, with all that a reader needs to judge and repeat it.
-    params = jax.device_get(state["params"])
-    hf.save(c.export, config, params, dtype=jnp.bfloat16, eos_ids=(end_id,), bos_id=end_id)
+    # Export the best, with all that a reader needs to judge and repeat it.
+    kept = checkpointing.checkpoints(workdir / "checkpoints", c.keep_checkpoints)
+    found = kept.best(like["params"])
+    if found is None:
+        raise ValueError(f"No evaluation in {workdir} gave a finite score; nothing is exported.")
+    best_step, best, _ = found
+    kept.close()
+    objective.export(c.export, jax.device_get(best), eos_ids=(end_id,), bos_id=end_id)
     tokenizers.save(tokenizer, c.export)
-    evaluations = [r for r in history if "validation_loss" in r]
-    tenth = [r for r in evaluations if r["step"] <= 0.9 * c.num_steps][-1]["validation_loss"]
+    evaluations = [r for r in history if "score" in r]
+    shown = ("step", "loss", "score")
     recipe = {
         "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
         "config": json.loads(c.to_json()),
@@ -250,12 +334,56 @@ def train(c: ConfigDict) -> None:
         "training_text": sources.describe(training),
         "held_out_text": sources.describe(held_out),
         "tokens_seen": c.num_steps * c.batch_size * c.sequence_length,
-        "last": evaluations[-1],
-        "gain_over_last_tenth": 1 - evaluations[-1]["validation_loss"] / tenth,
-        "curve": [{k: r[k] for k in ("step", "loss", "validation_loss")} for r in evaluations],
+        "best": next(r for r in evaluations if r["step"] == best_step),
+        "curve": [{k: r[k] for k in shown} for r in evaluations],
     }
     Path(c.export, "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
-    print(f"Exported to {c.export}: {recipe['last']}", flush=True)
+    print(f"Exported step {best_step} to {c.export}: {_shown('', history)}", flush=True)
+
+
+def _cast(params: PyTree, dtype: jnp.dtype) -> PyTree:
+    return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def _documents(spec: Any) -> list[sources.Document]:
+    """The standard library, local files, or whatever a function of `specjax.data.sources` gives."""
+    if isinstance(spec, ConfigDict):
+        found: list[sources.Document] = build(spec)
+        return found
+    return sources.text_files(spec) if spec else sources.standard_library()
+
+
+def _taught(c: ConfigDict, target: Model, params: PyTree, text: Any, path: Path) -> rows.Rows:
+    """Rows with the target's likeliest tokens, computed once."""
+    num_rows, length = text.weights.shape
+    size = caches.size(num_rows, length, c.teacher_cache, target.vocab_size)
+    print(f"Teacher cache: {size / 1e6:.0f} MB in {path}.", flush=True)
+    with _progress() as progress:
+        task = progress.add_task("teacher: rows", total=num_rows)
+
+        def show(done: int, _: int) -> None:
+            progress.update(task, completed=done)
+
+        caches.build(target, params, text, c.teacher_cache, path, progress=show)
+    return caches.attach(text, path, params, c.teacher_cache)
+
+
+def _progress() -> Progress:
+    columns = (BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
+    return Progress(*columns, TimeRemainingColumn(), TextColumn("{task.description}"))
+
+
+def _shown(name: str, history: list[dict]) -> str:
+    """The newest figures in a line."""
+    last = history[-1]
+    parts = [name, f"loss {last['loss']:.3f}", f"{last['tokens_per_second']:,.0f} tokens/s"]
+    evaluated = [r for r in history if "score" in r]
+    if evaluated:
+        parts.append(f"validation {evaluated[-1]['validation_loss']:.3f}")
+        if "mat_at_0" in evaluated[-1]:
+            mats = (evaluated[-1]["mat_at_0"], evaluated[-1]["mat_at_1"])
+            parts.append("tokens per pass {:.2f}, {:.2f}".format(*mats))
+    return ", ".join(part for part in parts if part)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def method(drafter: dict, verifier: dict, temperatures: tuple[float, ...]) -> di
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.target = "checkpoints/target"
-    c.draft = "checkpoints/draft"
+    c.drafts = {"draft": "checkpoints/draft"}  # "@draft" below
     c.dtype = "auto"
     c.cache_dtype = "auto"
     c.output = "runs/demo"

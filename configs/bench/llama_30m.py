@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
         "head_dim": 64,
     }
     small = {"hidden_size": 192, "intermediate_size": 512, "num_layers": 2}
-    c.draft = {**c.target.to_dict(), **small, "num_heads": 3, "num_kv_heads": 1}
+    c.drafts = {"draft": {**c.target.to_dict(), **small, "num_heads": 3, "num_kv_heads": 1}}
     c.batch_size = 1
     c.prompt_length = 128
     c.max_length = 2048  # slots of every buffer

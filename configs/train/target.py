@@ -8,38 +8,38 @@ per byte. Interrupt it at any time: the same command resumes.
 
 from ml_collections import ConfigDict
 
+from configs.train import draft
+
+ADAMW = {
+    "call": "specjax.optimizers.adamw",
+    "learning_rate": 2.5e-3,  # peak, then a cosine to zero
+    "warmup_steps": 100,
+    "weight_decay": 0.1,  # of matrices
+    "clip_norm": 1.0,
+}
+
 
 def get_config() -> ConfigDict:
-    c = ConfigDict()
-    c.objective = "next_token"
-    c.workdir = "runs/train/target"  # checkpoints and metrics while training
-    c.export = "checkpoints/target"  # the Hugging Face directory written at the end
-    c.target = ""  # next_token has none
-    c.sources = ()  # files and directories; () is the standard library
-    c.vocab_size = 4096  # of the tokenizer trained on the text when there is no target
-    c.model = ConfigDict(
+    c = draft.get_config()
+    c.objective = "specjax.objectives.next_token.next_token"
+    c.options = ConfigDict(
         {
-            "hidden_size": 256,
-            "intermediate_size": 704,
-            "num_layers": 9,
-            "num_heads": 4,
-            "num_kv_heads": 2,
-            "head_dim": 64,
-            "max_position_embeddings": 2048,
+            "model": {
+                "hidden_size": 256,
+                "intermediate_size": 704,
+                "num_layers": 9,
+                "num_heads": 4,
+                "num_kv_heads": 2,
+                "head_dim": 64,
+                "max_position_embeddings": 2048,
+            }
         }
     )
-    c.sequence_length = 256
-    c.batch_size = 16
+    c.workdir, c.export = "runs/train/target", "checkpoints/target"
+    c.target = ""  # next_token has none
+    c.vocab_size = 4096  # of the tokenizer trained on the text when there is no target
+    c.optimizer = ConfigDict(ADAMW)
     c.num_steps = 1800
-    c.optimizer = "adamw"
-    c.learning_rate = 2.5e-3  # peak, then a cosine to zero
-    c.warmup_steps = 100
-    c.weight_decay = 0.1  # of matrices
-    c.clip_norm = 1.0
     c.seed = 0
-    c.log_every = 10
-    c.eval_every = 90  # a twentieth of the steps
-    c.eval_sequences = 192
-    c.checkpoint_every = 90
-    c.keep_checkpoints = 2
+    c.eval.every = c.checkpoint_every = 90  # a twentieth of the steps
     return c

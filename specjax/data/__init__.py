@@ -1,1 +1,1 @@
-"""Text documents, tokenizers and batches for training and evaluation."""
+"""Text, tokenizers, rows and resumable batches for training and evaluation."""

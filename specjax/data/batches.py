@@ -1,11 +1,14 @@
-"""From documents to resumable batches of packed token sequences."""
+"""From documents to packed rows, and from rows to batches that resume exactly."""
 
-from collections.abc import Sequence
+import functools
+import sys
+from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
 from tokenizers import Tokenizer
 
+from specjax.data.rows import Rows, take
 from specjax.data.sources import Document
 
 _DOCUMENTS_AT_ONCE = 64
@@ -45,31 +48,95 @@ def pack(tokens: np.ndarray, length: int) -> np.ndarray:
     return windows[::length].astype(np.int32)
 
 
-def batches(sequences: np.ndarray, batch_size: int, seed: int) -> grain.DatasetIterator[np.ndarray]:
-    """An endless iterator over int32 batches [batch_size, length + 1], each epoch in a new order.
+def order(num_rows: int, seed: int, *stream: int) -> Callable[[int, int], np.ndarray]:
+    """(start, stop) -> that part of an endless list of row numbers, int64 [stop - start].
 
-    Epochs follow each other without a gap: a batch may hold the end of one and the start of the
-    next. `get_state()` is a JSON-able dict from which `set_state()` resumes exactly.
+    Each number comes once an epoch, every epoch in a new order, which depends on `seed`, `stream`
+    and the epoch alone. (Grain's own shuffle is slow, and far from uniform, for few rows.)
+    """
+
+    @functools.lru_cache(maxsize=2)
+    def epoch(number: int) -> np.ndarray:
+        entropy = np.random.SeedSequence(seed, spawn_key=(*stream, number))
+        return np.random.default_rng(entropy).permutation(num_rows)
+
+    def numbers(start: int, stop: int) -> np.ndarray:
+        return np.array([epoch(i // num_rows)[i % num_rows] for i in range(start, stop)], np.int64)
+
+    return numbers
+
+
+def stream(
+    batch_of: Callable[[int], dict[str, np.ndarray]], prefetch: int
+) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+    """An endless iterator over `batch_of(0)`, `batch_of(1)` and so on.
+
+    Its state is the number of batches handed out, whatever a thread has made ahead: from
+    `get_state()`, a JSON-able dict, `set_state()` resumes exactly.
 
     Args:
-      sequences: int32 [num_sequences, length + 1].
-      batch_size: sequences per batch.
-      seed: fixes the order of every epoch.
+      batch_of: the batch of each step, whatever was asked for before; called by one thread at
+        a time.
+      prefetch: batches that a thread makes ahead; 0 makes each when it is asked for.
+    """
+    if prefetch < 0:
+        raise ValueError(f"prefetch is {prefetch}; need 0 or more batches.")
+    options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
+    return iter(grain.MapDataset.range(sys.maxsize).map(batch_of).to_iter_dataset(options))
+
+
+def shard(batch_size: int, shard_index: int, num_shards: int) -> range:
+    """The rows of every batch that one process makes: a stretch of them, in the order of processes.
 
     Raises:
-      ValueError: `batch_size` is not in 1 to num_sequences.
+      ValueError: the batch is empty or cannot be divided, or there is no such process.
     """
-    if not 1 <= batch_size <= len(sequences):
-        raise ValueError(f"batch_size is {batch_size}; need 1 to {len(sequences)}, the sequences")
-    dataset = (
-        grain.MapDataset.source(sequences)
-        .shuffle(seed)
-        .repeat()
-        .batch(batch_size, drop_remainder=True)
-    )
-    # The rows are in memory already, so threads that read ahead would only cost.
-    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return iter(dataset.to_iter_dataset(options))
+    if batch_size < 1 or num_shards < 1 or batch_size % num_shards:
+        raise ValueError(
+            f"batch_size is {batch_size} and num_shards {num_shards}; need a positive multiple."
+        )
+    if not 0 <= shard_index < num_shards:
+        raise ValueError(f"shard_index is {shard_index}; need 0 to {num_shards - 1}.")
+    size = batch_size // num_shards
+    return range(shard_index * size, (shard_index + 1) * size)
+
+
+def batches(
+    rows: Rows,
+    batch_size: int,
+    seed: int,
+    shard_index: int = 0,
+    num_shards: int = 1,
+    prefetch: int = 2,
+) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+    """An endless iterator over batches of `rows`, each epoch in a new order: see `rows.take`.
+
+    Epochs follow each other without a gap: a batch may hold the end of one and the start of the
+    next. Every process makes its own rows of the same batches, so that they, and the state, do not
+    depend on the number of processes. The state is that of `stream`.
+
+    Args:
+      rows: N of them.
+      batch_size: B, of all processes together.
+      seed: fixes the order of every epoch.
+      shard_index: of this process.
+      num_shards: the processes.
+      prefetch: batches made ahead.
+
+    Raises:
+      ValueError: `batch_size` is not in 1 to N, or not a multiple of `num_shards`.
+    """
+    own = shard(batch_size, shard_index, num_shards)
+    n = len(rows.tokens)
+    if batch_size > n:
+        raise ValueError(f"batch_size is {batch_size}; need 1 to {n}, the sequences there are.")
+    numbers = order(n, seed, 0)
+
+    def batch_of(step: int) -> dict[str, np.ndarray]:
+        start = step * batch_size
+        return take(rows, numbers(start + own.start, start + own.stop))
+
+    return stream(batch_of, prefetch)
 
 
 def bytes_per_token(documents: Sequence[Document], tokens: np.ndarray) -> float:

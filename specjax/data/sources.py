@@ -1,6 +1,7 @@
-"""Text documents: the standard library's own source, or files of the user's."""
+"""Text documents: the standard library's own source, files of the user's, or a public data set."""
 
 import hashlib
+import itertools
 import platform
 import sysconfig
 import tokenize
@@ -81,11 +82,63 @@ def standard_library() -> list[Document]:
     return documents
 
 
-def split(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
-    """(training, held out): a document is held out when its name is in `HELD_OUT`."""
-    held_out = frozenset(HELD_OUT)
-    training = [document for document in documents if document.name not in held_out]
-    return training, [document for document in documents if document.name in held_out]
+def split(
+    documents: Sequence[Document], fraction: float = 0.02, seed: int = 0
+) -> tuple[list[Document], list[Document]]:
+    """(training, held out), by the first rule that holds anything out:
+
+    1. Documents named in `HELD_OUT`: the standard library's.
+    2. Of many documents the `fraction` whose texts hash lowest, so that equal texts stay together
+       and a document's side hardly depends on which others there are.
+    3. Of few documents, where that would be less than one, the last `fraction` of each, from a
+       line's start.
+
+    Args:
+      documents: any.
+      fraction: of the text to hold out.
+      seed: of the hash.
+
+    Raises:
+      ValueError: `fraction` is not between 0 and 1, or the text is too short to divide.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction is {fraction}; need one between 0 and 1.")
+    named = frozenset(HELD_OUT)
+    count = int(fraction * len(documents))
+    if any(document.name in named for document in documents):
+        training, held_out = _divide(documents, [document.name in named for document in documents])
+    elif count:
+        hashes = [
+            hashlib.sha256(f"{seed}\0{document.text}".encode()).digest() for document in documents
+        ]
+        last = sorted(hashes)[count - 1]
+        training, held_out = _divide(documents, [digest <= last for digest in hashes])
+    else:
+        training, held_out = _tails(documents, fraction)
+    if not any(d.text for d in training) or not any(d.text for d in held_out):
+        raise ValueError(
+            f"{len(documents)} documents leave {len(training)} to train on and {len(held_out)} for "
+            "validation; need more text."
+        )
+    return training, held_out
+
+
+def _tails(documents: Sequence[Document], fraction: float) -> tuple[list[Document], list[Document]]:
+    training, held_out = [], []
+    for name, text in documents:
+        wanted = int((1 - fraction) * len(text))
+        # The line that crosses the border, unless it is longer than all that is to be held out.
+        at = text.rfind("\n", max(0, 2 * wanted - len(text)), wanted) + 1 or wanted
+        training.append(Document(name, text[:at]))
+        held_out.append(Document(f"{name} (end)", text[at:]))
+    return [d for d in training if d.text], [d for d in held_out if d.text]
+
+
+def _divide(
+    documents: Sequence[Document], held_out: Sequence[bool]
+) -> tuple[list[Document], list[Document]]:
+    pairs = list(zip(documents, held_out, strict=True))
+    return [document for document, out in pairs if not out], [d for d, out in pairs if out]
 
 
 def text_files(paths: Sequence[str]) -> list[Document]:
@@ -124,6 +177,52 @@ def _directory(root: Path) -> list[Document]:
             documents.append(Document(name, (root / name).read_bytes().decode()))
         except UnicodeDecodeError:
             continue
+    return documents
+
+
+def dataset(
+    name: str, split: str = "train", field: str = "text", config: str = "", num_documents: int = 0
+) -> list[Document]:
+    """Documents of a public data set, by its name, through the optional library `datasets`.
+
+    Args:
+      name: on the Hugging Face Hub, or a directory that the library can read.
+      split: of the data set.
+      field: of each record, the one that holds the text.
+      config: which of the data set's versions, where it has several.
+      num_documents: read only so many, without fetching the others; 0 is all.
+
+    Raises:
+      ValueError: the library is missing, the data set cannot be reached or read, or has no text.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(
+            f"Data set {name} needs the library datasets; pip install datasets, or name local text "
+            "files in config.sources."
+        ) from error
+    documents, textless = [], ""
+    try:
+        records = datasets.load_dataset(
+            name, config or None, split=split, streaming=num_documents > 0
+        )
+        for i, record in enumerate(itertools.islice(records, num_documents or None)):
+            if not isinstance(text := record.get(field), str):
+                textless = f"record {i} has {', '.join(record)} but no text in {field!r}"
+                break
+            documents.append(Document(f"{name}/{split}/{i}", text))
+    # What it raises without a network differs by version and by the client below it.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ValueError(
+            f"Data set {name} ({split}) cannot be read: {reason}; need internet the first time, or "
+            "local text files in config.sources."
+        ) from error
+    if textless:
+        raise ValueError(f"Data set {name} ({split}): {textless}; choose another field.")
+    if not any(document.text for document in documents):
+        raise ValueError(f"Data set {name} ({split}) has no text in {len(documents)} records.")
     return documents
 
 

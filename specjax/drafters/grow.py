@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from specjax import trees
 from specjax.kernels.vocabulary import argmax, softmax
@@ -117,6 +118,88 @@ def paths(num_paths: int, num_tokens: int, choose: Choose) -> Builder:
     """`num_paths` paths of `num_tokens` drafted tokens each, which meet in the root only."""
     nodes = range(1, num_paths * num_tokens + 1)
     return static([-1, *(max(i - num_paths, 0) for i in nodes)], choose)
+
+
+def dynamic(num_nodes: int, width: int, depth: int) -> Builder:
+    """A tree that grows where the draft is sure of itself: EAGLE-2, arXiv 2406.16858.
+
+    A node's value is the draft's probability of its path. The `width` best of a level's candidates
+    propose their `width` likeliest tokens as the next level's; in the end the best of all levels
+    stay. Values are those of the draft's law at temperature 1, whatever rows sample with, so that a
+    greedy row has an order too. Which candidates stay is no matter of chance: they are points.
+
+    Args:
+        num_nodes: of the tree, its root included.
+        width: nodes that a level expands, and children that each of them proposes.
+        depth: levels below the root, of which all but the last are expanded.
+
+    Raises:
+        ValueError: nothing to grow; more nodes than candidates; so few that some tree of that size
+            is a chain and another one is not.
+    """
+    if width < 1 or depth < 1:
+        raise ValueError(f"A tree of width {width} and depth {depth} needs at least 1 of each.")
+    most = 1 + width + (depth - 1) * width**2
+    # One node more than a chain has, by which verifiers tell the two apart.
+    least = depth + 1 + (width > 1)
+    if not least <= num_nodes <= most:
+        raise ValueError(
+            f"A tree of {num_nodes} nodes cannot be picked from width {width} and depth {depth}, "
+            f"which give {most - 1} candidates below the root; it needs {least} to {most} nodes."
+        )
+
+    def grow(
+        expand: Callable, rng_keys: Keys, context: Context, logits: Array, carry: Any
+    ) -> Draft:
+        del rng_keys
+        b, vocab_size = logits.shape
+        if width > vocab_size:
+            raise ValueError(f"Width {width} exceeds the draft's vocabulary of {vocab_size}.")
+        logits = logits[:, None]
+        # All candidates, the root first, which nothing surpasses; parents by their places here.
+        tokens, parents = [trees.root(context)], [jnp.zeros((b, 1), jnp.int32)]
+        values = [jnp.full((b, 1), jnp.inf)]
+        # Of the nodes fed last: place, value, and their ancestors among all fed below the root.
+        fed, value_of, seen = parents[0], jnp.zeros((b, 1)), jnp.zeros((b, 1, 0), bool)
+        num_candidates = 1
+        for level in range(1, depth + 1):
+            proposed, law = _likeliest(logits, width)  # [B, W, width]
+            found, value = proposed.reshape(b, -1), (value_of[..., None] + law).reshape(b, -1)
+            tokens.append(found)
+            parents.append(jnp.repeat(fed, width, 1))
+            values.append(value)
+            if level < depth:
+                value_of, best = lax.top_k(value, width)
+                fed, parent = num_candidates + best, best // width
+                above = jnp.take_along_axis(seen, parent[..., None], 1)
+                itself = jnp.broadcast_to(jnp.eye(width, dtype=bool), (b, width, width))
+                seen = jnp.concatenate([above, itself], 2)
+                chosen = jnp.take_along_axis(found, best, 1)
+                logits, carry = expand(carry, chosen, parent, seen, level)
+            num_candidates += found.shape[1]
+        # No child surpasses its parent, which precedes it, and equals keep their order: the best
+        # are a tree whose parents precede their children.
+        _, kept = lax.top_k(jnp.concatenate(values, 1), num_nodes)
+        parent = jnp.take_along_axis(jnp.concatenate(parents, 1), kept, 1)
+        is_parent = kept[:, None, :] == parent[:, :, None]
+        node = jnp.arange(num_nodes, dtype=jnp.int32)
+        return Draft(
+            tokens=jnp.take_along_axis(jnp.concatenate(tokens, 1), kept, 1),
+            parents=jnp.where(node == 0, -1, (is_parent * node).sum(-1)),
+            probs=None,
+            num_drafted=jnp.full([b], num_nodes - 1, jnp.int32),
+            depth=depth,
+        )
+
+    return Builder(grow, Proposal("point", num_nodes, depth))
+
+
+def _likeliest(logits: Array, k: int) -> tuple[Array, Array]:
+    """The k likeliest tokens [..., k] and their log-probabilities, none of them above 0."""
+    top, tokens = lax.top_k(logits, k)
+    peak = top.max(-1, keepdims=True)  # of a slice XLA on CPU would make a sort of all tokens
+    # The sum holds an exact 1, so its logarithm is no less than 0.
+    return tokens, top - peak - jnp.log(jnp.exp(logits - peak).sum(-1, keepdims=True))
 
 
 def merged(build: Builder) -> Builder:

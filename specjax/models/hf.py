@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,8 +68,11 @@ LLAMA: dict[str, tuple[str, Callable[[TransformerConfig], Shape]]] = {
     "lm_head": ("lm_head.weight", _vocab_rows),
 }
 
+_INTEGERS = ("I64", "I32", "U8", "BOOL")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_OWN_FILES = (hf_config.CONFIG, hf_config.GENERATION, _WEIGHTS, _INDEX, "model-*-of-*.safetensors")
+_SHARDS = "model-*-of-*.safetensors"
+HEADS = ("medusa_lm_head.safetensors", "hydra_lm_head.safetensors")  # see hf_heads
+_OWN_FILES = (hf_config.CONFIG, hf_config.GENERATION, _WEIGHTS, _INDEX, _SHARDS, *HEADS)
 
 
 class Checkpoint(NamedTuple):
@@ -88,7 +91,7 @@ def load_config(directory: str | Path) -> TransformerConfig:
         ValueError: no directory, no config.json, not JSON; an architecture or option that is not
             supported; a size that is missing or not a positive integer.
     """
-    path = _readable(directory) / hf_config.CONFIG
+    path = readable(directory) / hf_config.CONFIG
     return hf_config.parse(hf_config.read_json(path), path)
 
 
@@ -98,14 +101,7 @@ def stored_dtype(directory: str | Path) -> np.dtype | None:
     Raises:
         ValueError: as `load`.
     """
-    directory = _readable(directory)
-    kinds = set()
-    for path in _weight_files(directory):
-        with _open(path) as file:
-            kinds |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
-    name = names.get(kinds.pop()) if len(kinds) == 1 else None
-    return None if name is None else jnp.dtype(name)
+    return common_dtype(headers(weight_files(readable(directory))))
 
 
 def load(directory: str | Path, dtype: DTypeLike | None = None) -> Checkpoint:
@@ -122,19 +118,17 @@ def load(directory: str | Path, dtype: DTypeLike | None = None) -> Checkpoint:
         ValueError: as `load_config`; a file that is missing or damaged; a tensor that is missing,
             misshapen, of another type, or not part of the architecture.
     """
-    directory = _readable(directory)
+    directory = readable(directory)
     raw = hf_config.read_json(directory / hf_config.CONFIG)
     config = hf_config.parse(raw, directory / hf_config.CONFIG)
-    kind = None if dtype is None else _float_dtype(dtype, "dtype")
-    file_of = _check_tensors(directory, config, kind)
+    kind = None if dtype is None else float_dtype(dtype, "dtype")
+    stored = _check_tensors(directory, config, kind)
     flat = {}
     for path, (name, _) in _tensors(config).items():
-        with _open(file_of[name]) as file:  # closed after each tensor, which unmaps its pages
-            tensor = file.get_tensor(name)
+        tensor = read(stored[name])
         flat[path] = jnp.asarray(tensor if kind is None else tensor.astype(kind))
-    if config.tie_embeddings and "lm_head.weight" in file_of:
-        with _open(file_of["lm_head.weight"]) as file:
-            head = file.get_tensor("lm_head.weight")
+    if config.tie_embeddings and "lm_head.weight" in stored:
+        head = read(stored["lm_head.weight"])
         if not np.array_equal(head.astype(flat["embed_tokens"].dtype), flat["embed_tokens"]):
             raise ValueError(
                 f"{directory} has an lm_head.weight that differs from its embedding, but "
@@ -171,31 +165,18 @@ def save(
         ValueError: params that do not fit the config, another dtype, a limit that is not
             positive, a `directory` that is a file.
     """
-    directory = Path(directory).resolve()
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"{directory} is a file; need a directory or a free name.")
     if max_shard_bytes is not None and max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes is {max_shard_bytes}; need a positive number.")
     tensors = _named(config, params, dtype)
-    new, previous = _sibling(directory, "saving"), _sibling(directory, "previous")
-    if previous.exists() and not directory.exists():
-        previous.rename(directory)  # an earlier save died between its two renames
-    for leftover in (new, previous):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    new.mkdir(parents=True)
-    try:
-        if directory.exists():
-            _carry_over(directory, new)
-        kind = tensors["model.embed_tokens.weight"].dtype
+    kind = tensors["model.embed_tokens.weight"].dtype
+
+    def write(new: Path) -> None:
         written = hf_config.to_json(config, kind, eos_ids, bos_id)
         hf_config.write_json(new / hf_config.CONFIG, written)
         hf_config.write_json(new / hf_config.GENERATION, hf_config.ids_to_json(eos_ids, bos_id))
         _write_weights(new, tensors, max_shard_bytes)
-        _swap(new, directory, previous)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
+
+    replace_directory(directory, write)
 
 
 def check_same_vocabulary(target_directory: str | Path, draft_directory: str | Path) -> None:
@@ -206,14 +187,23 @@ def check_same_vocabulary(target_directory: str | Path, draft_directory: str | P
     Raises:
         ValueError: they differ, or a directory cannot be read.
     """
-    directories = (_readable(target_directory), _readable(draft_directory))
+    directories = (readable(target_directory), readable(draft_directory))
     sizes = [load_config(d).vocab_size for d in directories]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"{target_directory} has a vocabulary of {sizes[0]} and {draft_directory} one of "
             f"{sizes[1]}; a draft needs its target's."
         )
-    files = [d / "tokenizer.json" for d in directories]
+    check_same_tokens(*directories)
+
+
+def check_same_tokens(target_directory: str | Path, draft_directory: str | Path) -> None:
+    """Compares the tokens themselves, where both directories have a tokenizer.json.
+
+    Raises:
+        ValueError: they differ, or a file cannot be read.
+    """
+    files = [readable(d) / "tokenizer.json" for d in (target_directory, draft_directory)]
     if not all(file.is_file() for file in files):
         return
     token_of = [{i: token for token, i in _vocabulary(file).items()} for file in files]
@@ -240,44 +230,87 @@ def _tensors(config: TransformerConfig) -> dict[str, tuple[str, Shape]]:
     return tensors
 
 
-def _check_tensors(
-    directory: Path, config: TransformerConfig, kind: np.dtype | None
-) -> dict[str, Path]:
-    """The file of every tensor, from the files' headers alone."""
-    file_of: dict[str, Path] = {}
-    shapes: dict[str, Shape] = {}
-    kinds: dict[str, str] = {}
-    for path in _weight_files(directory):
+class Stored(NamedTuple):
+    """A tensor in a file, known by the file's header alone."""
+
+    name: str
+    path: Path
+    shape: Shape
+    kind: str  # safetensors' name of its type
+
+
+def headers(files: Sequence[Path]) -> dict[str, Stored]:
+    """Every tensor in the files by name."""
+    found = {}
+    for path in files:
         with _open(path) as file:
             for name in file.keys():  # noqa: SIM118
                 part = file.get_slice(name)
-                file_of[name], kinds[name] = path, part.get_dtype()
-                shapes[name] = tuple(part.get_shape())
-    readable = ("F32", "BF16") if kind is None else ("F32", "BF16", "F16", "F64")
+                found[name] = Stored(name, path, tuple(part.get_shape()), part.get_dtype())
+    return found
+
+
+def common_dtype(stored: Mapping[str, Stored]) -> np.dtype | None:
+    """The type of all floating-point tensors; None if they differ."""
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+    kinds = {names.get(tensor.kind) for tensor in stored.values() if tensor.kind not in _INTEGERS}
+    name = kinds.pop() if len(kinds) == 1 else None
+    return None if name is None else jnp.dtype(name)
+
+
+def check_tensor(
+    where: Path, name: str, stored: Mapping[str, Stored], shape: Shape, kind: np.dtype | None
+) -> None:
+    """Whether a tensor is there, has a shape and can be read as `kind`; None is as it is.
+
+    Raises:
+        ValueError: it is not.
+    """
+    kinds = ("F32", "BF16") if kind is None else ("F32", "BF16", "F16", "F64")
+    if name not in stored:
+        raise ValueError(f"{where} has no tensor {name}; need one of shape {shape}.")
+    found = stored[name]
+    if found.shape != shape:
+        raise ValueError(
+            f"Tensor {found.name} in {found.path} has shape {found.shape}; need {shape}."
+        )
+    if found.kind not in kinds:
+        raise ValueError(
+            f"Tensor {found.name} in {found.path} is {found.kind}; need {' or '.join(kinds)}"
+            + (", or a dtype to convert it to." if found.kind in ("F16", "F64") else ".")
+        )
+
+
+def read(stored: Stored) -> np.ndarray:
+    """The tensor; its file is closed again, which unmaps its pages."""
+    with _open(stored.path) as file:
+        return file.get_tensor(stored.name)
+
+
+def _check_tensors(
+    directory: Path, config: TransformerConfig, kind: np.dtype | None
+) -> dict[str, Stored]:
+    """Every tensor, from the files' headers alone."""
+    stored = headers(weight_files(directory))
     needed = dict(_tensors(config).values())
     for name, shape in needed.items():
-        if name not in file_of:
-            raise ValueError(f"{directory} has no tensor {name}; need one of shape {shape}.")
-        if shapes[name] != shape:
-            raise ValueError(
-                f"Tensor {name} in {file_of[name]} has shape {shapes[name]}; need {shape}."
-            )
-        if kinds[name] not in readable:
-            raise ValueError(
-                f"Tensor {name} in {file_of[name]} is {kinds[name]}; need {' or '.join(readable)}"
-                + (", or a dtype to convert it to." if kinds[name] in ("F16", "F64") else ".")
-            )
-    for name in file_of:
+        check_tensor(directory, name, stored, shape, kind)
+    for name, tensor in stored.items():
         duplicate = name == "lm_head.weight" and config.tie_embeddings
         if name not in needed and not duplicate and not name.endswith("rotary_emb.inv_freq"):
             raise ValueError(
-                f"{file_of[name]} has a tensor {name}, which LlamaForCausalLM does not use; "
+                f"{tensor.path} has a tensor {name}, which LlamaForCausalLM does not use; "
                 "need a checkpoint without it."
             )
-    return file_of
+    return stored
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def weight_files(directory: Path) -> list[Path]:
+    """The file of a model's weights, or its shards.
+
+    Raises:
+        ValueError: there are none, or not all of them.
+    """
     if (directory / _WEIGHTS).is_file():
         return [directory / _WEIGHTS]
     index = directory / _INDEX
@@ -309,14 +342,19 @@ def _named(
             raise ValueError(
                 f"Parameter {path} has shape {flat[path].shape}; need {needed[path][1]}."
             )
-    kinds = {p: _float_dtype(x.dtype if dtype is None else dtype, p) for p, x in flat.items()}
+    kinds = {p: float_dtype(x.dtype if dtype is None else dtype, p) for p, x in flat.items()}
     return {
         name: np.ascontiguousarray(np.asarray(flat[path]).astype(kinds[path], copy=False))
         for path, (name, _) in needed.items()
     }
 
 
-def _float_dtype(dtype: DTypeLike, what: str) -> np.dtype:
+def float_dtype(dtype: DTypeLike, what: str) -> np.dtype:
+    """A dtype that weights may have.
+
+    Raises:
+        ValueError: another one.
+    """
     try:
         kind = jnp.dtype(dtype)
     except TypeError:
@@ -353,7 +391,7 @@ def _write_weights(
 # ----------------------------------------------------------------------------- files
 
 
-def _readable(directory: str | Path) -> Path:
+def readable(directory: str | Path) -> Path:
     """The directory, or its previous version where a save died between its two renames."""
     previous = _sibling(Path(directory).resolve(), "previous")
     for path in (Path(directory), previous):
@@ -362,6 +400,35 @@ def _readable(directory: str | Path) -> Path:
     raise ValueError(
         f"{directory} is not a directory; need one with {hf_config.CONFIG} and {_WEIGHTS}."
     )
+
+
+def replace_directory(directory: str | Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a new directory beside this one and swaps it in last.
+
+    An interruption leaves the previous one readable. Its other files are carried over. One process
+    may write a directory at a time.
+
+    Raises:
+        ValueError: `directory` is a file.
+    """
+    directory = Path(directory).resolve()
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file; need a directory or a free name.")
+    new, previous = _sibling(directory, "saving"), _sibling(directory, "previous")
+    if previous.exists() and not directory.exists():
+        previous.rename(directory)  # an earlier save died between its two renames
+    for leftover in (new, previous):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    new.mkdir(parents=True)
+    try:
+        if directory.exists():
+            _carry_over(directory, new)
+        write(new)
+        _swap(new, directory, previous)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
 
 
 def _sibling(directory: Path, role: str) -> Path:

@@ -67,7 +67,7 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245) over a prefix and a block, added to x."""
+    """Grouped-query attention (arXiv 2305.13245) over a prefix and a block, added to a residual."""
 
     num_heads: int
     num_kv_heads: int
@@ -78,15 +78,17 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Array,  # [B, N, E]
-        norm: RMSNorm,  # of x, before the projections
+        x: Array,  # [B, N, in]
+        norm: RMSNorm | None,  # of x, before the projections
         cos: Array,
         sin: Array,
         mask: Array,  # [B, N, M]
         prefix: tuple[Array, Array, Array],  # keys, values [B, K, S, H], length [B]
         block: tuple[Array, Array] | None,  # keys, values [B, K, M - N, H] of earlier nodes
+        residual: Array | None = None,  # [B, N, E]; x itself by default
     ) -> tuple[Array, Array, Array]:
         """Returns the sum [B, N, E] and the longer block's keys and values [B, K, M, H]."""
+        residual = x if residual is None else residual
         b, n, width = x.shape
         k, h = self.num_kv_heads, self.head_dim
 
@@ -101,8 +103,8 @@ class Attention(nn.Module):
         queries, keys, values = (y.reshape(b, n, -1, h) for y in linears(x, projections, norm))
         out, keys, values = attend(queries, keys, values, cos, sin, mask, prefix, block)
         out = out.reshape(b, n, self.num_heads * h)
-        o_proj = weight("o_proj", width, self.num_heads * h, self.out_std)
-        return linear(out, o_proj, residual=x), keys, values
+        o_proj = weight("o_proj", residual.shape[-1], self.num_heads * h, self.out_std)
+        return linear(out, o_proj, residual=residual), keys, values
 
 
 class GatedMLP(nn.Module):

@@ -62,6 +62,7 @@ def tabular(vocab_size: int, dtype: jnp.dtype = jnp.float32) -> Model:
         lambda params, tokens: tokens[..., None].astype(dtype),
         lambda params, hidden: hidden,
         vocab_size,
+        hidden_size=1,
     )
 
 

@@ -172,7 +172,9 @@ def transformer(
         head = params["embed_tokens" if c.tie_embeddings else "lm_head"]
         return linear(hidden, head, jnp.float32)
 
-    return Model(init, init_cache, apply, embed, unembed, c.vocab_size)
+    return Model(
+        init, init_cache, apply, embed, unembed, c.vocab_size, c.hidden_size, tuple(feature_layers)
+    )
 
 
 def forward(model: Model, params: PyTree, tokens: Array) -> ModelOutput:

@@ -1,0 +1,17 @@
+"""An EAGLE-3 head for the demo target: fused features, five steps of training-time test.
+
+python train/train.py --config=configs/train/eagle3.py
+"""
+
+from ml_collections import ConfigDict
+
+from configs.train import draft, hydra
+
+
+def get_config() -> ConfigDict:
+    c = draft.get_config()
+    c.objective = "specjax.objectives.eagle.eagle3"
+    c.options = ConfigDict({"head": hydra.LAYER, "num_steps": 5, "build": draft.CHAIN})
+    c.feature_layers = (2, 4, 6)  # low, middle, high of nine
+    c.workdir, c.export = "runs/train/eagle3", "checkpoints/eagle3"
+    return c

@@ -1,0 +1,20 @@
+"""Hydra++ heads for the demo target: a prefix layer, then heads that read the drafted path.
+
+python train/train.py --config=configs/train/hydra.py
+"""
+
+from ml_collections import ConfigDict
+
+from configs.train import draft
+
+LAYER = {"intermediate_size": 704, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64}
+
+
+def get_config() -> ConfigDict:
+    c = draft.get_config()
+    c.objective = "specjax.objectives.hydra.hydra"
+    c.options = ConfigDict({"num_heads": 4, "num_layers": 1, "prefix": LAYER})
+    c.options.loss = {"call": "specjax.objectives.losses.forward_kl"}
+    c.options.build = draft.CHAIN
+    c.workdir, c.export = "runs/train/hydra", "checkpoints/hydra"
+    return c

@@ -1,0 +1,18 @@
+"""Medusa-1 heads for the demo target: one residual block each, the target frozen.
+
+python train/train.py --config=configs/train/medusa.py
+"""
+
+from ml_collections import ConfigDict
+
+from configs.train import draft
+
+
+def get_config() -> ConfigDict:
+    c = draft.get_config()
+    c.objective = "specjax.objectives.medusa.medusa"
+    c.options = ConfigDict({"num_heads": 4, "num_layers": 1})
+    c.options.loss = {"call": "specjax.objectives.losses.forward_kl"}
+    c.options.build = draft.CHAIN
+    c.workdir, c.export = "runs/train/medusa", "checkpoints/medusa"
+    return c
