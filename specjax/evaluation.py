@@ -15,8 +15,6 @@ from specjax import engine, metrics, prompts, sampling
 from specjax.types import Drafter, Model, Params
 from specjax.verifiers.rejection import rejection
 
-_SHOWN = ("mat", "mat_interval", "alpha_pos", "joint_pos")
-
 
 def acceptance(
     target: Model,
@@ -41,8 +39,8 @@ def acceptance(
         seed: of the draws; the same at every call, so that two calls differ by weights alone.
 
     Returns:
-        (params) -> for each temperature `metrics.summary`'s mat, mat_interval, alpha_pos and
-        joint_pos. Weights of the same shapes compile nothing anew.
+        (params) -> `metrics.summary` for each temperature. Weights of the same shapes compile
+        nothing anew.
     """
     decoder = engine.decoder(target, drafter, rejection(), eos_ids=eos_ids)
     rows = [text for text in texts for _ in temperatures]
@@ -59,12 +57,12 @@ def acceptance(
             *(jnp.asarray(batch.length), jnp.asarray(batch.limit), max_length),
         )
         counted = jax.tree.map(np.asarray, metrics.measure(decoder, params, state, max_length)[1])
-        found = {}
-        for t in temperatures:
-            here = jax.tree.map(lambda x, t=t: x[temperature == np.float32(t)], counted)
-            summary = metrics.summary(here)
-            found[t] = {name: summary[name] for name in _SHOWN}
-        return found
+        return {
+            t: metrics.summary(
+                jax.tree.map(lambda x, t=t: x[temperature == np.float32(t)], counted)
+            )
+            for t in temperatures
+        }
 
     return measure
 

@@ -22,7 +22,7 @@ pulls are subtracted prompt by prompt, so that what makes a prompt easy for both
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct as struct
@@ -142,6 +142,19 @@ def _interval(value: float | None, pulls: np.ndarray) -> list[float] | None:
         return None
     half = _QUANTILE * float(pulls.std(ddof=1)) / len(pulls) ** 0.5
     return [value - half, value + half]
+
+
+def pooled(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several summaries of the same prompts as one, prompt by prompt: mat and its interval."""
+    steps = np.sum([s["steps_by_prompt"] for s in summaries], 0)
+    tokens = np.sum([np.multiply(s["mat_by_prompt"], s["steps_by_prompt"]) for s in summaries], 0)
+    mat = float(tokens.sum() / steps.sum())
+    return {
+        "mat": mat,
+        "mat_interval": _interval(mat, _pulls(tokens, steps)),
+        "mat_by_prompt": (tokens / steps).tolist(),
+        "steps_by_prompt": steps.tolist(),
+    }
 
 
 def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:

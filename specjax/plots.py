@@ -176,3 +176,34 @@ def passes(records: Sequence[dict[str, Any]], path: str | Path) -> None:
     figure.legend(loc="outside lower center", ncols=len(variants), frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def acceptance(records: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """Tokens per target pass of each run, a panel for each temperature: interval and seeds.
+
+    Args:
+        records: in the order to draw; `train/compare.py` says what one holds.
+        path: the image to write.
+    """
+    temperatures = list(dict.fromkeys(r["temperature"] for r in records))
+    runs = list(dict.fromkeys(r["run"] for r in records))
+    size = (2 + 4 * len(temperatures), 1 + 0.32 * len(runs))
+    figure, panels = plt.subplots(
+        1, len(temperatures), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    for i, (axes, temperature) in enumerate(zip(panels[0], temperatures, strict=True)):
+        own = [r for r in records if r["temperature"] == temperature]
+        place = [runs.index(r["run"]) for r in own]
+        low, high = np.array([r["mat_interval"] for r in own]).T
+        axes.hlines(place, low, high, _COLOURS[i % len(_COLOURS)], linewidth=5, alpha=0.35)
+        for y, record in zip(place, own, strict=True):
+            axes.plot(record["seeds"], [y] * len(record["seeds"]), "|", color="0.25", markersize=9)
+        axes.plot([r["mat"] for r in own], place, "o", color=_COLOURS[i % len(_COLOURS)])
+        axes.set_title(f"temperature {temperature:g}", fontsize=11)
+        axes.set_xlabel("tokens per target pass")
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.grid(axis="x", linewidth=0.4)
+    panels[0][0].set_yticks(range(len(runs)), runs)
+    panels[0][0].invert_yaxis()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -25,7 +25,8 @@ from specjax.drafters.eagle import eagle as eagle_drafter
 from specjax.models import hf_heads
 from specjax.models.eagle import EagleHead, check, eagle3_head, eagle_head
 from specjax.models.transformer import TransformerConfig
-from specjax.objectives import Batch, Objective, losses, options
+from specjax.objectives import Batch, Objective, losses
+from specjax.objectives.heads import head_options, unembedding
 from specjax.objectives.teacher import mean, report, teach
 from specjax.types import Array, Model, PyTree
 
@@ -51,7 +52,7 @@ def eagle(config: Mapping[str, Any], target: Model) -> Objective:
     The paper's noise on features is uniform in +-0.1 at 512 tokens: `noise` is 0.2.
     """
     defaults = {"feature_weight": 1.0, "loss_weight": 0.1, "noise": 0.2}
-    c = options("eagle", config, **{**_OPTIONS, **defaults, "bias": True})
+    c = head_options("eagle", config, target, {**_OPTIONS, **defaults, "bias": True})
     return _eagle("eagle", c, eagle_head(_layer("eagle", c, target), c.bias, c.dtype), target)
 
 
@@ -59,7 +60,7 @@ def hass(config: Mapping[str, Any], target: Model) -> Objective:
     """HASS: EAGLE-1's losses and that of the target's ten likeliest tokens, over three steps."""
     law = losses.weighted([(losses.forward_kl(), 0.1), (losses.top_k_ce(10), 1.0)])
     defaults = {"feature_weight": 1.0, "loss": law, "num_steps": 3, "bias": True}
-    c = options("hass", config, **{**_OPTIONS, **defaults})
+    c = head_options("hass", config, target, {**_OPTIONS, **defaults})
     return _eagle("hass", c, eagle_head(_layer("hass", c, target), c.bias, c.dtype), target)
 
 
@@ -73,16 +74,14 @@ def eagle3(config: Mapping[str, Any], target: Model) -> Objective:
     """
     defaults = {"num_steps": 5, "position_weights": losses.geometric(0.8)}
     more = {"vocabulary": None, "own_unembedding": False}
-    c = options("eagle3", config, **{**_OPTIONS, **defaults, **more})
+    c = head_options("eagle3", config, target, {**_OPTIONS, **defaults, **more})
     vocabulary = None if c.vocabulary is None else np.asarray(c.vocabulary)
     layer = _layer("eagle3", c, target)
     head = eagle3_head(layer, target.feature_layers, vocabulary, c.own_unembedding, c.dtype)
     return _eagle("eagle3", c, head, target)
 
 
-def _layer(name: str, c: SimpleNamespace, target: Model | None) -> TransformerConfig:
-    if target is None:
-        raise ValueError(f"Objective {name} has no target; set config.target to a directory.")
+def _layer(name: str, c: SimpleNamespace, target: Model) -> TransformerConfig:
     shape = {"vocab_size": target.vocab_size, "hidden_size": target.hidden_size, **c.head}
     try:
         return TransformerConfig(**{"num_layers": 1, **shape})
@@ -148,11 +147,9 @@ def _eagle(name: str, c: SimpleNamespace, head: EagleHead, target: Model) -> Obj
             return hf_heads.load(c.initial, target, jnp.float32)[1]
         params = head.init(rng_key)
         if head.own_unembedding:
-            # Starts from the target's rows, which `unembed` of the unit vectors shows.
-            rows = target.unembed(target_params, jnp.eye(target.hidden_size)).T
             ids = slice(None) if head.vocabulary is None else head.vocabulary
-            params = {**params, "lm_head": rows[ids].astype(jnp.float32)}
-        return jax.tree.map(lambda x: x.astype(jnp.float32), params)
+            params = {**params, "lm_head": unembedding(target, target_params)[ids]}
+        return params
 
     def loss(
         params: PyTree, target_params: PyTree, batch: Batch, rng_key: Array

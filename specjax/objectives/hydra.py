@@ -21,7 +21,7 @@ from specjax.models import hf_heads
 from specjax.models.hydra import HydraHeads, hydra_heads
 from specjax.models.transformer import TransformerConfig
 from specjax.objectives import Batch, Objective, losses
-from specjax.objectives.medusa import head_options, heads_loss, shifted, tree, unembedding
+from specjax.objectives.heads import head_options, heads_loss, shifted, tree, unembedding
 from specjax.objectives.teacher import teach
 from specjax.types import Array, Model, PyTree
 
@@ -34,7 +34,7 @@ _OPTIONS: dict[str, Any] = {
     "loss": losses.hard_ce(),  # of each head's law
     "position_weights": losses.geometric(0.8),  # of the heads
     "temperature": 1.0,  # of both laws
-    "build": None,  # the tree to evaluate with; by default `medusa.tree` for the number of heads
+    "build": None,  # the tree to evaluate with; by default `heads.tree` for the number of heads
     "dtype": jnp.float32,  # of activations and the prefix layer's cache
 }
 
@@ -90,7 +90,7 @@ def predictor(
     features: Array,
     tokens: Array,
 ) -> Callable:
-    """(k) -> logits [B, T, V], see `medusa.heads_loss`; features [B, T, F] of tokens [B, T]."""
+    """(k) -> logits [B, T, V], see `heads.heads_loss`; features [B, T, F] of tokens [B, T]."""
     embeddings = jax.lax.stop_gradient(target.embed(target_params, tokens))
     states = features[..., : heads.hidden_size]
     if heads.prefix is not None:

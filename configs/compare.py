@@ -1,0 +1,71 @@
+"""Losses, kinds of text and heads at equal budgets: 1M tokens each, three seeds.
+
+    python train/compare.py
+
+About four hours on two CPU cores; interrupt it at any time. Expect every distilled draft above the
+one trained on text alone, Hydra above Medusa, EAGLE-3 above EAGLE-1.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.train import draft
+
+_DRAFTERS = "specjax.drafters"
+
+
+def loss(name: str, **options: object) -> dict:
+    spec = {"call": f"specjax.objectives.losses.{name}", **options}
+    return {"config": "draft", "changes": {"options": {"loss": spec}}}
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.target = "checkpoints/target"
+    c.output = "runs/compare"
+    c.seeds = (1, 2, 3)
+    c.runs = ConfigDict(sort_keys=False)
+    c.runs["text"] = {"config": "text"}
+    c.runs["forward KL"] = loss("forward_kl")
+    c.runs["reverse KL"] = loss("reverse_kl")
+    c.runs["JSD"] = loss("jsd")
+    c.runs["TV"] = loss("total_variation")
+    c.runs["LK alpha"] = loss("lk_alpha")
+    c.runs["LK lambda"] = loss("lk_lambda")
+    c.runs["top-16 forward KL"] = loss("top_k_ce", k=16)
+    c.runs["medusa"] = {"config": "medusa"}
+    c.runs["hydra"] = {"config": "hydra"}
+    c.runs["eagle"] = {"config": "eagle"}
+    c.runs["hass"] = {"config": "hass"}
+    c.runs["eagle3"] = {"config": "eagle3"}
+    c.comparisons = (
+        ("forward KL", "text"),
+        ("hydra", "medusa"),
+        ("eagle3", "eagle"),
+        *((name, "forward KL") for name in list(c.runs)[2:8]),
+    )
+    # Of every run. Microbatches keep a step's laws in the cache of a CPU.
+    c.common = {"num_steps": 244, "accumulate": 8, "checkpoint_every": 122}
+    c.common.eval = {"every": 122}
+    # All drafters grow this tree.
+    c.build = draft.CHAIN
+    heads = {"target": "@target", "heads": "@draft", "build": "@build"}
+    c.drafters = {
+        "model": {
+            "call": f"{_DRAFTERS}.model.model",
+            "draft_model": "@draft",
+            "build": "@build",
+        },
+        "medusa": {"call": f"{_DRAFTERS}.medusa.medusa", **heads},
+        "hydra": {"call": f"{_DRAFTERS}.hydra.hydra", **heads},
+        "eagle": {
+            "call": f"{_DRAFTERS}.eagle.eagle",
+            "target": "@target",
+            "head": "@draft",
+            "build": "@build",
+        },
+    }
+    c.num_prompts = 64
+    c.prompt_length = 128
+    c.max_new_tokens = 64
+    c.temperatures = (0.0, 1.0)
+    return c
