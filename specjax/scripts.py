@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
 def run(main: Callable[[ConfigDict], None], config: str | None = None) -> None:
@@ -54,6 +55,12 @@ def run(main: Callable[[ConfigDict], None], config: str | None = None) -> None:
             sys.exit(130)
 
     app.run(guarded, flags_parser=parse)
+
+
+def progress() -> Progress:
+    """Bars of long work: how much is done, time passed and left, what is going on."""
+    columns = (BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
+    return Progress(*columns, TimeRemainingColumn(), TextColumn("{task.description}"))
 
 
 def _readable(error: Exception) -> Exception:

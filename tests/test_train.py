@@ -142,6 +142,10 @@ def test_a_config_learns_and_its_result_decodes_exactly(
     name: str, tmp_path: Path, target: str
 ) -> None:
     c = shrunk(name, tmp_path, target, num_steps=20)
+    if name == "hydra":
+        c.update(dtype="bfloat16", accumulate=2)
+    if name == "draft":
+        c.options.remat = True
     trainer.train(c)
     records = curve(c)
     assert [r["step"] for r in records] == list(range(1, 21))
@@ -236,7 +240,7 @@ def test_a_teacher_cache_trains_as_the_teacher_would(tmp_path: Path, target: str
         ("draft", {"target": "/nowhere"}, "/nowhere is not a directory"),
         ("draft", {"batch_size": 10_000}, "a batch of 10000 needs as many"),
         ("draft", {"data": {"web": (1.0, 1.0)}}, "Data of kind 'web' cannot be had"),
-        ("medusa", {"data": {"student": (1.0, 1.0)}}, "'student' cannot be had for objective med"),
+        ("medusa", {"data": {"student": (1.0, 1.0)}}, "'student' cannot be had for .*medusa"),
         ("draft", {"mesh": {"data": 3}}, "takes 3 devices, which do not divide"),
         ("draft", {"accumulate": 3}, "Batch 4 in 3 microbatches does not divide"),
         ("draft", {"teacher_cache": 4, "data": {"target": (1.0, 1.0)}}, "cache needs a target and"),

@@ -23,20 +23,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from specjax import checkpointing, engine, evaluation, optimizers, scripts, sharding
+from specjax import checkpointing, evaluation, optimizers, scripts, sharding
 from specjax.build import build, function
-from specjax.data import batches, generated, mixture, rows, shards, sources, tokenizers
-from specjax.data import teacher_cache as caches
-from specjax.data.fingerprint import fingerprint
-from specjax.drafters.none import none
+from specjax.data import batches, generated, rows, sources, tokenizers
+from specjax.data.feed import Writer, feed
 from specjax.models import hf
 from specjax.models.transformer import num_params, transformer
 from specjax.objectives import Batch, Objective
 from specjax.timing import matmul_peak
-from specjax.types import Array, Decoder, Model, Params, PyTree
-from specjax.verifiers.match import match
+from specjax.types import Array, PyTree
 
 _SHOWN = ("mat", "mat_interval", "alpha_pos", "joint_pos")  # of what decoding accepts
 
@@ -141,68 +137,15 @@ def train(c: ConfigDict) -> None:
     read = jax.jit(lambda params: sharding.gathered(mesh, params, dtype))
     eval_step = jax.jit(objective.loss)
 
-    # Rows: text, what the target wrote, what the student writes while it learns.
-    def decoder_of(model: Model, drafter: Any) -> Decoder:
-        drafter = none() if drafter is None else build(drafter, target=model)
-        return engine.decoder(model, drafter, match(), eos_ids=(end_id,))
-
-    def written(
-        where: str, decoder: Decoder, params: Params, num_rows: int, seed: int, about: dict
-    ) -> rows.Rows:
-        prompts = generated.windows(tokens, c.generated.prompt_length, num_rows, seed)
-
-        def make(start: int, stop: int) -> rows.Rows:
-            sampled = {"temperature": c.generated.temperature, "seed": seed, "first_row": start}
-            size = (c.sequence_length, c.generated.batch_size)
-            return generated.generate(decoder, params, prompts[start:stop], *size, **sampled)
-
-        about = {**about, **c.generated.to_dict(), "length": c.sequence_length, "seed": seed}
-        about = json.loads(json.dumps({**about, "tokens": fingerprint(tokens)}))
-        with _progress() as progress:
-            task = progress.add_task(f"{where}: rows written", total=num_rows)
-            return shards.write(
-                *(workdir / where, about, num_rows, make),
-                chunk_rows=c.generated.batch_size,
-                replace=True,
-                progress=lambda done, _: progress.update(task, completed=done),
-            )
-
-    def write_round(number: int, num_rows: int) -> rows.Rows:
-        model = objective.student
-        assert model is not None
-        params = Params(read(state["params"]))
-        return written(
-            f"student/{number:05}",
-            *(decoder_of(model, None), params, num_rows, c.seed + 1 + number),
-            {"config": fingerprint(np.frombuffer(c.to_json().encode(), np.uint8))},
-        )
-
-    start, end = ({name: pair[i] for name, pair in c.data.items()} for i in (0, 1))
-    kinds: dict[str, rows.Rows | mixture.OnPolicy] = {}
-    for kind in c.data:
-        if kind == "text":
-            kinds[kind] = rows.packed(batches.pack(tokens, c.sequence_length))
-        elif kind == "target" and target is not None:
-            about = {"target": fingerprint(target_params)}
-            decoder = decoder_of(target, c.generated.drafter)
-            number = c.generated.num_rows
-            kinds[kind] = written(kind, decoder, Params(target_params), number, c.seed, about)
-        elif kind == "student" and objective.student is not None:
-            kinds[kind] = mixture.OnPolicy(c.generated.round_steps, write_round)
-        else:
-            raise ValueError(
-                f"Data of kind {kind!r} cannot be had for objective {name}; need text, "
-                "target (with a target) or student (where the student writes text by itself)."
-            )
-    if c.teacher_cache:
-        if target is None or set(c.data) != {"text"}:
-            raise ValueError("A teacher cache needs a target and data of kind text alone.")
-        kinds["text"] = _taught(c, target, target_params, kinds["text"], workdir / "teacher")
-    schedule = mixture.Schedule(start, end, c.num_steps)
-    data = mixture.mixture(
-        *(kinds, schedule, c.batch_size, c.seed),
-        shard_index=jax.process_index(),
-        num_shards=jax.process_count(),
+    # Data.
+    data = feed(
+        *(c, tokens, end_id, workdir),
+        target=None if target is None else Writer(target, lambda: read(target_params)),
+        student=(
+            None
+            if objective.student is None
+            else Writer(objective.student, lambda: read(state["params"]))
+        ),
     )
 
     def placed_batch(fields: dict[str, np.ndarray]) -> Batch:
@@ -277,8 +220,8 @@ def train(c: ConfigDict) -> None:
         flush=True,
     )
     done = int(state["step"])
-    with _progress() as progress:
-        task = progress.add_task(name, total=c.num_steps, completed=done)
+    with scripts.progress() as bars:
+        task = bars.add_task(name, total=c.num_steps, completed=done)
         started, since = time.perf_counter(), done
         while done < c.num_steps:
             batch = placed_batch(next(data))
@@ -311,7 +254,7 @@ def train(c: ConfigDict) -> None:
             for log in logs:
                 log.append(record)
             history.append(record)
-            progress.update(task, completed=done, description=_shown(name, history))
+            bars.update(task, completed=done, description=_shown(name, history))
             if saved:
                 kept.save(done, state, data.get_state())
             started, since = time.perf_counter(), done
@@ -354,26 +297,6 @@ def _documents(spec: Any) -> list[sources.Document]:
         found: list[sources.Document] = build(spec)
         return found
     return sources.text_files(spec) if spec else sources.standard_library()
-
-
-def _taught(c: ConfigDict, target: Model, params: PyTree, text: Any, path: Path) -> rows.Rows:
-    """Rows with the target's likeliest tokens, computed once."""
-    num_rows, length = text.weights.shape
-    size = caches.size(num_rows, length, c.teacher_cache, target.vocab_size)
-    print(f"Teacher cache: {size / 1e6:.0f} MB in {path}.", flush=True)
-    with _progress() as progress:
-        task = progress.add_task("teacher: rows", total=num_rows)
-
-        def show(done: int, _: int) -> None:
-            progress.update(task, completed=done)
-
-        caches.build(target, params, text, c.teacher_cache, path, progress=show)
-    return caches.attach(text, path, params, c.teacher_cache)
-
-
-def _progress() -> Progress:
-    columns = (BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
-    return Progress(*columns, TimeRemainingColumn(), TextColumn("{task.description}"))
 
 
 def _shown(name: str, history: list[dict]) -> str:

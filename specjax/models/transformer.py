@@ -68,6 +68,7 @@ class Transformer(nn.Module):
     config: TransformerConfig
     dtype: jnp.dtype
     feature_layers: tuple[int, ...] = ()
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -88,9 +89,10 @@ class Transformer(nn.Module):
         )
         x = layers.embed(embedding, tokens).astype(self.dtype)
         keys, values, residuals = [], [], []
+        layer_of: Any = nn.remat(DecoderLayer) if self.remat else DecoderLayer
         for i in range(c.num_layers):
             residuals.append(x)
-            x, k, v = DecoderLayer(c, self.dtype, name=f"layers_{i}")(
+            x, k, v = layer_of(c, self.dtype, name=f"layers_{i}")(
                 x,
                 cos,
                 sin,
@@ -118,6 +120,7 @@ def transformer(
     dtype: jnp.dtype = jnp.float32,
     feature_layers: tuple[int, ...] = (),
     cache_dtype: jnp.dtype | None = None,
+    remat: bool = False,
 ) -> Model:
     """Builds the model's pure functions.
 
@@ -128,6 +131,8 @@ def transformer(
         feature_layers: layers whose input residual joins `ModelOutput.features`.
         cache_dtype: of the cache, if another; keys and values are rounded to it at once, so a
             token's result does not depend on whether its history is in the cache already.
+        remat: in training, computes each layer again in the backward pass instead of keeping what
+            it computed on the way.
 
     Raises:
         ValueError: heads that cannot be grouped, an odd head size, a layer that does not exist.
@@ -143,7 +148,7 @@ def transformer(
     for layer in feature_layers:
         if not 0 <= layer < c.num_layers:
             raise ValueError(f"Feature layer {layer} does not exist; the model has {c.num_layers}.")
-    module = Transformer(config, dtype, feature_layers)
+    module = Transformer(config, dtype, feature_layers, remat)
 
     def init(rng_key: Array) -> PyTree:
         token = jnp.zeros((1, 1), jnp.int32)

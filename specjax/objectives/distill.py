@@ -34,6 +34,7 @@ _OPTIONS: dict[str, Any] = {
         "choose": {"call": "specjax.drafters.grow.without_replacement"},
     },
     "initial": "",  # a directory to start from
+    "remat": False,  # computes layers again in the backward pass instead of keeping them
     "dtype": jnp.float32,  # of activations
 }
 

@@ -30,7 +30,7 @@ class Trainee(NamedTuple):
 
 
 def trainee(objective: str, c: SimpleNamespace) -> Trainee:
-    """The model that an objective's options `model`, `initial` and `dtype` describe.
+    """The model that an objective's options `model`, `initial`, `remat` and `dtype` describe.
 
     With `initial`, a directory, the model has that one's shape, of which `model` may repeat
     anything, and starts from its weights.
@@ -67,7 +67,7 @@ def trainee(objective: str, c: SimpleNamespace) -> Trainee:
     ) -> None:
         hf.save(directory, config, params, jnp.bfloat16, eos_ids, bos_id)
 
-    return Trainee(transformer(config, jnp.dtype(c.dtype)), init, export)
+    return Trainee(transformer(config, jnp.dtype(c.dtype), remat=c.remat), init, export)
 
 
 def next_token(config: Mapping[str, Any], target: Model | None = None) -> Objective:
@@ -75,14 +75,14 @@ def next_token(config: Mapping[str, Any], target: Model | None = None) -> Object
 
     Args:
         config: `model`, the fields of its `TransformerConfig`; `initial`, a directory to start from
-            (""); `dtype` of activations (float32).
+            (""); `remat`, see `transformer` (False); `dtype` of activations (float32).
         target: not used.
 
     Raises:
         ValueError: an option that does not exist; as `trainee`.
     """
     del target
-    c = options("next_token", config, model={}, initial="", dtype=jnp.float32)
+    c = options("next_token", config, model={}, initial="", remat=False, dtype=jnp.float32)
     model, init, export = trainee("next_token", c)
 
     def loss(
