@@ -4,6 +4,7 @@ What a loop's body computes decides, in a way that the compiler cannot see throu
 next round, so nothing is dropped or hoisted and no dispatch is timed.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import jaxprs_in_params
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -108,3 +110,30 @@ def matmul_peak(dtype: jnp.dtype, width: int = 2048, repeats: int = 3) -> float:
         jax.block_until_ready(product(x))
         seconds.append(time.perf_counter() - start)
     return 2 * width**3 / min(seconds)
+
+
+def matmul_flops(function: Callable, *args: Any) -> float:
+    """Operations of all matrix products in one call, 2 for every multiplication and addition.
+
+    Loops count as often as they go round, and of a choice the mean of its branches, which is right
+    where a loop takes each in turn.
+    """
+
+    def count(jaxpr: Any) -> float:
+        total = 0.0
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                (contracted, _), _ = equation.params["dimension_numbers"]
+                left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+                total += 2 * math.prod(out) * math.prod(left[axis] for axis in contracted)
+                continue
+            inner = [count(part) for part in jaxprs_in_params(equation.params)]
+            if equation.primitive.name == "scan":
+                total += equation.params["length"] * sum(inner)
+            elif equation.primitive.name == "cond":
+                total += sum(inner) / len(inner)
+            else:
+                total += sum(inner)
+        return total
+
+    return count(jax.make_jaxpr(function)(*args).jaxpr)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from specjax import engine, metrics, sampling, theory
+from specjax import engine, evaluation, metrics, sampling, theory
 from specjax.drafters import grow
 from specjax.drafters.lookup import lookup
 from specjax.drafters.model import model
@@ -170,3 +170,25 @@ def test_first_tokens_are_kept_as_often_as_formulas_say(
 def test_agreement_of_nothing() -> None:
     nothing = metrics.FirstTokens(np.zeros(2), np.zeros(2), np.zeros(2))
     assert metrics.agreement(nothing)["interval"] is None
+
+
+def test_pooled_seeds_count_their_steps() -> None:
+    """Two seeds of the same two prompts: tokens over steps, prompt by prompt."""
+    one = {"mat_by_prompt": [2.0, 3.0], "steps_by_prompt": [10, 4]}
+    two = {"mat_by_prompt": [1.0, 2.0], "steps_by_prompt": [30, 6]}
+    found = metrics.pooled([one, two])
+    assert found["steps_by_prompt"] == [40, 10]
+    assert found["mat_by_prompt"] == [50 / 40, 24 / 10]
+    assert found["mat"] == pytest.approx(74 / 50)
+    low, high = found["mat_interval"]
+    # The delta method by hand: pulls (50 - 59.2) / 25 and (24 - 14.8) / 25.
+    half = 1.96 * np.std([-9.2 / 25, 9.2 / 25], ddof=1) / 2**0.5
+    assert (low, high) == pytest.approx((74 / 50 - half, 74 / 50 + half))
+    assert metrics.difference(found, found)["difference"] == 0
+
+
+def test_teacher_forced_estimate_is_a_chain_of_rates() -> None:
+    found = {"acceptance_1": 0.5, "acceptance_2": 0.4, "agreement_1": 1.0}
+    estimates = evaluation.teacher_forced(found, depth=3)
+    assert estimates[1.0] == pytest.approx(1 + 0.5 + 0.5 * 0.4 + 0.5 * 0.4 * 0.4)
+    assert estimates[0.0] == pytest.approx(4)

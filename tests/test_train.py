@@ -30,6 +30,7 @@ from specjax.drafters.medusa import medusa
 from specjax.drafters.model import model
 from specjax.drafters.none import none
 from specjax.models import hf, hf_heads
+from specjax.timing import matmul_flops
 from specjax.types import Drafter, Params
 from specjax.verifiers.match import match
 
@@ -266,6 +267,23 @@ def test_a_foreign_tokenizer_is_refused(tmp_path: Path, target: str) -> None:
     bpe.save(bpe.train_bpe([Path(__file__).read_text()], 320), other)
     with pytest.raises(ValueError, match=r"tokens in tokenizer.json but a model of 300"):
         trainer.train(shrunk("draft", tmp_path, other))
+
+
+def test_matmul_flops_count_every_round_of_a_loop() -> None:
+    x, w = jnp.ones((8, 16)), jnp.ones((16, 32))
+    product = 2 * 8 * 16 * 32
+
+    def looped(x: jax.Array) -> jax.Array:
+        def body(total: jax.Array, i: jax.Array) -> tuple:
+            branches = [lambda: (x @ w).sum(), lambda: x.sum()]
+            return total + jax.lax.switch(i, branches), None
+
+        return jax.lax.scan(body, 0.0, jnp.arange(2))[0]
+
+    assert matmul_flops(jax.jit(lambda x: jnp.tanh(x @ w)), x) == product
+    assert matmul_flops(looped, x) == product  # half of two rounds
+    twice = jax.value_and_grad(lambda x: jax.checkpoint(lambda x: jnp.tanh(x @ w))(x).sum())
+    assert matmul_flops(twice, x) == 3 * product  # forward, again, backward
 
 
 # ------------------------------------------------------------------------------- whole processes

@@ -31,7 +31,7 @@ from specjax.data.feed import Writer, feed
 from specjax.models import hf
 from specjax.models.transformer import num_params, transformer
 from specjax.objectives import Batch, Objective
-from specjax.timing import matmul_peak
+from specjax.timing import matmul_flops, matmul_peak
 from specjax.types import Array, PyTree
 
 _SHOWN = ("mat", "mat_interval", "alpha_pos", "joint_pos")  # of what decoding accepts
@@ -227,8 +227,7 @@ def train(c: ConfigDict) -> None:
             batch = placed_batch(next(data))
             if compiled is None:  # ahead of time: no later step can be traced again
                 compiled = step_of.lower(state, target_params, batch).compile()
-                # Of a loop over microbatches the analysis counts one round.
-                flops = c.accumulate * float((compiled.cost_analysis() or {}).get("flops", 0))
+                flops = matmul_flops(train_step, state, target_params, batch)
                 started = time.perf_counter()
             state, metrics = compiled(state, target_params, batch)
             done += 1
