@@ -1,13 +1,17 @@
 """EAGLE's heads: what training unrolls is what drafting does, losses follow their formulas."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from specjax import engine, sampling, testing
 from specjax.drafters import grow
 from specjax.drafters.eagle import eagle as eagle_drafter
+from specjax.models import hf_heads
 from specjax.models.eagle import EagleHead, eagle3_head, eagle_head, fused_layers
 from specjax.models.transformer import TransformerConfig, forward
 from specjax.objectives import Batch
@@ -213,3 +217,81 @@ def test_errors_hold_both_facts(make: object, message: str) -> None:
 def test_fused_layers_are_low_middle_and_high() -> None:
     assert fused_layers(32) == (2, 16, 29)
     assert fused_layers(9) == (2, 4, 6)
+
+
+# ---------------------------------------------------------- the formats' own arithmetic, in numpy
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + LAYER.rms_norm_eps) * weight
+
+
+def attention(x: np.ndarray, w: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """Causal grouped-query attention of one sequence [N, in], halves of a head rotated."""
+    n, size = len(x), LAYER.head_dim
+    angle = np.arange(n)[:, None] / LAYER.rope_theta ** (np.arange(0, size, 2) / size)
+    cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+
+    def heads(part: str) -> np.ndarray:
+        return (x @ w[f"{name}.self_attn.{part}_proj.weight"].T).reshape(n, -1, size)
+
+    def rotated(y: np.ndarray) -> np.ndarray:
+        a, b = np.split(y, 2, -1)
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+    q, k, v = rotated(heads("q")), rotated(heads("k")), heads("v")
+    k, v = (np.repeat(y, q.shape[1] // y.shape[1], 1) for y in (k, v))
+    scores = np.einsum("qhd,khd->hqk", q, k) / size**0.5
+    scores = np.where(np.tril(np.ones((n, n), bool)), scores, -np.inf)
+    mixed = np.exp(scores - scores.max(-1, keepdims=True))
+    mixed = mixed / mixed.sum(-1, keepdims=True)
+    out = np.einsum("hqk,khd->qhd", mixed, v).reshape(n, -1)
+    return out @ w[f"{name}.self_attn.o_proj.weight"].T
+
+
+def feed_forward(x: np.ndarray, w: dict[str, np.ndarray], name: str) -> np.ndarray:
+    gate, up, down = (w[f"{name}.mlp.{part}_proj.weight"] for part in ("gate", "up", "down"))
+    inner = x @ gate.T
+    return (inner / (1 + np.exp(-inner)) * (x @ up.T)) @ down.T
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_stored_head_means_what_its_format_says(name: str, tmp_path: Path) -> None:
+    """The tensors of a directory, by their published names, against the head that wrote them."""
+    head, rng = HEADS[name], np.random.default_rng(3)
+    params = uneven(head)
+    hf_heads.save(tmp_path / "head", head, params, dtype=jnp.float32)
+    stored = safetensors.numpy.load_file(tmp_path / "head" / "model.safetensors")
+    w = {key: np.asarray(x, np.float64) for key, x in stored.items()}
+    n = 5
+    features = rng.normal(size=(n, 3 * WIDTH))
+    e = rng.normal(size=(n, WIDTH))
+    lm_head = np.asarray(TARGET_PARAMS["lm_head"], np.float64)
+    if name == "eagle":
+        x = np.concatenate([e, features[:, :WIDTH]], 1) @ w["fc.weight"].T + w["fc.bias"]
+        x = x + attention(x, w, "layers.0")
+        y = rms_norm(x, w["layers.0.post_attention_layernorm.weight"])
+        expected = (x + feed_forward(y, w, "layers.0")) @ lm_head.T
+    else:
+        g = features[:, WIDTH:] @ w["fc.weight"].T
+        normed = rms_norm(e, w["midlayer.input_layernorm.weight"])
+        both = np.concatenate([normed, rms_norm(g, w["midlayer.hidden_norm.weight"])], 1)
+        x = g + attention(both, w, "midlayer")
+        y = rms_norm(x, w["midlayer.post_attention_layernorm.weight"])
+        hidden = rms_norm(x + feed_forward(y, w, "midlayer"), w["norm.weight"])
+        expected = hidden @ w.get("lm_head.weight", lm_head).T
+    if head.vocabulary is not None:
+        ids = np.arange(len(stored["d2t"])) + stored["d2t"]
+        np.testing.assert_array_equal(np.flatnonzero(stored["t2d"]), ids)
+        everywhere = np.full((n, VOCAB_SIZE), -np.inf)
+        everywhere[:, ids] = expected
+        expected = everywhere
+
+    @jax.jit
+    def logits(features: Array, embeddings: Array) -> Array:
+        hidden = head.fuse(params, TARGET, features)
+        (step,) = unroll(head, params, hidden, embeddings, 1)
+        return head.unembed(params, TARGET, TARGET_PARAMS, step.hidden)
+
+    found = logits(jnp.float32(features)[None], jnp.float32(e)[None])[0]
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
