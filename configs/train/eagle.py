@@ -1,6 +1,8 @@
 """An EAGLE-1 head for the demo target: next features and their laws, one step.
 
-python train/train.py --config=configs/train/eagle.py
+    python train/train.py --config=configs/train/eagle.py
+
+About 25 minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict
@@ -12,5 +14,8 @@ def get_config() -> ConfigDict:
     c = draft.get_config()
     c.objective = "specjax.objectives.eagle.eagle"
     c.options = ConfigDict({"head": hydra.LAYER, "build": draft.CHAIN})
+    c.optimizer.update(learning_rate=0.05, adam_learning_rate=0.01)
+    c.num_steps = 1500
+    c.eval.every = c.checkpoint_every = 75
     c.workdir, c.export = "runs/train/eagle", "checkpoints/eagle"
     return c

@@ -1,15 +1,17 @@
 """An EAGLE-3 head for the demo target: fused features, five steps of training-time test.
 
-python train/train.py --config=configs/train/eagle3.py
+    python train/train.py --config=configs/train/eagle3.py
+
+About 70 minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict
 
-from configs.train import draft, hydra
+from configs.train import draft, eagle, hydra
 
 
 def get_config() -> ConfigDict:
-    c = draft.get_config()
+    c = eagle.get_config()
     c.objective = "specjax.objectives.eagle.eagle3"
     c.options = ConfigDict({"head": hydra.LAYER, "num_steps": 5, "build": draft.CHAIN})
     c.feature_layers = (2, 4, 6)  # low, middle, high of nine

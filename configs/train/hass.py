@@ -1,6 +1,8 @@
 """HASS: EAGLE-1's head, trained over the three steps that it will draft.
 
-python train/train.py --config=configs/train/hass.py
+    python train/train.py --config=configs/train/hass.py
+
+About 45 minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,8 @@
 """Hydra++ heads for the demo target: a prefix layer, then heads that read the drafted path.
 
-python train/train.py --config=configs/train/hydra.py
+    python train/train.py --config=configs/train/hydra.py
+
+About 55 minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict
@@ -16,5 +18,8 @@ def get_config() -> ConfigDict:
     c.options = ConfigDict({"num_heads": 4, "num_layers": 1, "prefix": LAYER})
     c.options.loss = {"call": "specjax.objectives.losses.forward_kl"}
     c.options.build = draft.CHAIN
+    c.optimizer.update(learning_rate=0.05, adam_learning_rate=0.01)
+    c.num_steps = 1500
+    c.eval.every = c.checkpoint_every = 75
     c.workdir, c.export = "runs/train/hydra", "checkpoints/hydra"
     return c

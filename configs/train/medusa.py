@@ -1,6 +1,8 @@
 """Medusa-1 heads for the demo target: one residual block each, the target frozen.
 
-python train/train.py --config=configs/train/medusa.py
+    python train/train.py --config=configs/train/medusa.py
+
+About 25 minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict
@@ -14,5 +16,8 @@ def get_config() -> ConfigDict:
     c.options = ConfigDict({"num_heads": 4, "num_layers": 1})
     c.options.loss = {"call": "specjax.objectives.losses.forward_kl"}
     c.options.build = draft.CHAIN
+    c.optimizer.update(learning_rate=0.05, adam_learning_rate=0.01)
+    c.num_steps = 1000
+    c.eval.every = c.checkpoint_every = 50
     c.workdir, c.export = "runs/train/medusa", "checkpoints/medusa"
     return c

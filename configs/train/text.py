@@ -1,6 +1,8 @@
 """The demo draft's shape trained on text alone: what distillation is measured against.
 
-python train/train.py --config=configs/train/text.py
+    python train/train.py --config=configs/train/text.py
+
+About 40 minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict
