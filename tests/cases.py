@@ -62,7 +62,9 @@ def uneven(heads: Heads) -> PyTree:
     """Weights of heads; new ones predict what the target predicted a token ago."""
     rng = np.random.default_rng(3)
     params = jax.jit(heads.init)(jax.random.key(3))
-    return jax.tree.map(lambda x: x + 0.5 * rng.standard_normal(x.shape, np.float32), params)
+    # An EAGLE head reads its own output: large weights would make rounding grow step by step.
+    scale = 0.12 if isinstance(heads, EagleHead) else 0.5
+    return jax.tree.map(lambda x: x + scale * rng.standard_normal(x.shape, np.float32), params)
 
 
 MEDUSA = medusa_heads(16, num_heads=3)
@@ -123,7 +125,6 @@ CASES |= {
     "medusa tree without_replacement/rejection": heads_case(
         medusa, MEDUSA, "tree without_replacement", rejection
     ),
-    "hydra tree best/match": heads_case(hydra, HYDRA, "tree best", match),
     "hydra chain without_replacement/block": heads_case(
         hydra, HYDRA, "chain without_replacement", block
     ),

@@ -16,7 +16,6 @@ from decode import benchmark, generate, profile, verification
 from specjax import engine
 from specjax.build import build
 from specjax.models.transformer import TransformerConfig, transformer
-from train import compare
 
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.py"))
 TINY = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_layers": 1}
@@ -210,50 +209,3 @@ def test_generate(
     monkeypatch.setattr(sys, "stdin", io.StringIO("def f("))
     generate.main(c)
     assert "8 tokens" in capsys.readouterr().err
-
-
-def test_compare(directories: tuple[str, str], tmp_path: Path) -> None:
-    """Two runs of one step and one seed each; a second call trains and measures nothing."""
-    c = load("configs/compare.py").get_config()
-    for name, run in c.runs.items():
-        own = compare._config(c, name, 1)
-        assert own.seed == 1
-        assert all(build(own.options[x]) for x in ("loss",) if x in own.options)
-        assert run.config in own.export or "changes" in run
-    for name in set(c.runs) - {"text", "forward KL"}:
-        del c.runs[name]
-    c.comparisons = (("forward KL", "text"),)
-    c.update(target=directories[0], output=str(tmp_path), seeds=(3,), num_prompts=2)
-    c.update(prompt_length=8, max_new_tokens=6, build=c.build.to_dict() | {"num_tokens": 2})
-    sources = tmp_path / "sources.py"
-    sources.write_text((ROOT / "specjax" / "types.py").read_text() * 3)
-    tiny = {x: TINY[x] for x in TINY if x != "vocab_size"}
-    c.common = {
-        "options": {"model": tiny},
-        "sources": (str(sources),),
-        "sequence_length": 16,
-        "batch_size": 4,
-        "num_steps": 2,
-        "optimizer": {"warmup_steps": 1},
-        "checkpoint_every": 2,
-        "eval": {
-            "every": 2,
-            "num_sequences": 4,
-            "num_prompts": 2,
-            "prompt_length": 4,
-            "max_new_tokens": 4,
-        },
-    }
-    compare.main(c)
-    records = json.loads((tmp_path / "results.json").read_text())
-    runs = [(r["run"], r["temperature"]) for r in records]
-    assert runs == [(n, t) for n in ("text", "forward KL") for t in (0.0, 1.0)]
-    assert all(1 <= r["mat"] <= 3 and r["seeds"] == [r["mat"]] for r in records)
-    page = (tmp_path / "results.md").read_text()
-    assert page.count("| forward KL |") == 4
-    assert (tmp_path / "results.png").stat().st_size > 1000
-    trained = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
-    assert len(trained) == 2
-    compare.main(c)
-    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")} == trained
-    assert json.loads((tmp_path / "results.json").read_text()) == records

@@ -73,7 +73,8 @@ def model(draft_model: Model, build: Builder) -> Drafter:
         causal = jnp.broadcast_to(jnp.tril(jnp.ones((width, width), bool)), (*tokens.shape, width))
         output, block = draft_model.apply(params.drafter, tokens, positions, causal, cache)
         newest = jnp.maximum(count - 1, 0)[:, None, None]
-        feature = jnp.take_along_axis(output.features, newest, 1)[:, 0]
+        final = output.features[..., : draft_model.hidden_size]
+        feature = jnp.take_along_axis(final, newest, 1)[:, 0]
         logits = draft_model.unembed(params.drafter, feature)
         return ModelDraftState(
             caches.commit(cache, block, place, caches.tie(count, output.features)),
