@@ -59,10 +59,10 @@ def tabular(vocab_size: int, dtype: jnp.dtype = jnp.float32) -> Model:
         init,
         init_cache,
         apply,
-        lambda params, tokens: tokens[..., None].astype(dtype),
+        lambda params, tokens: jax.nn.one_hot(tokens, vocab_size, dtype=dtype),
         lambda params, hidden: hidden,
         vocab_size,
-        hidden_size=1,
+        hidden_size=vocab_size,
     )
 
 
