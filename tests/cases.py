@@ -121,7 +121,6 @@ def heads_case(
 
 
 CASES |= {
-    "medusa tree best/match": heads_case(medusa, MEDUSA, "tree best", match),
     "medusa tree without_replacement/rejection": heads_case(
         medusa, MEDUSA, "tree without_replacement", rejection
     ),

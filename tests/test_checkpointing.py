@@ -21,6 +21,9 @@ from specjax import checkpointing
 from specjax.checkpointing import checkpoints
 from specjax.types import PyTree
 
+# Its processes are started once, not by every worker.
+pytestmark = pytest.mark.xdist_group("checkpointing")
+
 _SIZE = 4096
 
 

@@ -94,9 +94,10 @@ def test_losses_match_their_formulas() -> None:
     p = law(output.logits)[:, 1:]
     embeddings = TARGET.embed(TARGET_PARAMS, batch.tokens[:, 1:-1])
 
+    rng_key = jax.random.key(0)
     objective = eagle({"head": SHAPE, "noise": 0.0}, TARGET)
     params = uneven(HEADS["eagle"])
-    loss, metrics = jax.jit(objective.loss)(params, TARGET_PARAMS, batch, jax.random.key(0))
+    loss, metrics = jax.jit(objective.loss)(params, TARGET_PARAMS, batch, rng_key)
     (step,) = unroll(HEADS["eagle"], params, output.features[:, :-1, :WIDTH], embeddings, 1)
     q = law(TARGET.unembed(TARGET_PARAMS, step.hidden))
     d = np.abs(np.asarray(step.hidden - output.features[:, 1:, :WIDTH], np.float64))
@@ -106,7 +107,7 @@ def test_losses_match_their_formulas() -> None:
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
     overlap = (np.minimum(p, q).sum(-1) * weights).sum() / weights.sum()
     np.testing.assert_allclose(metrics["acceptance_1"], overlap, rtol=1e-4)
-    noisy = eagle({"head": SHAPE}, TARGET).loss(params, TARGET_PARAMS, batch, jax.random.key(0))[0]
+    noisy = jax.jit(eagle({"head": SHAPE}, TARGET).loss)(params, TARGET_PARAMS, batch, rng_key)[0]
     assert abs(noisy - loss) > 1e-3 * loss
 
     head, num_steps = HEADS["eagle3"], 2

@@ -22,6 +22,9 @@ from specjax.models.transformer import TransformerConfig, forward, transformer
 from specjax.objectives import Batch
 from specjax.types import Array, PyTree
 
+# Its processes are started once, not by every worker.
+pytestmark = pytest.mark.xdist_group("sharding")
+
 _NUM_STEPS, _BATCH_SIZE, _LENGTH = 5, 16, 16
 _CONFIG = TransformerConfig(
     vocab_size=24,
