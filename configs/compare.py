@@ -1,9 +1,9 @@
-"""Losses, kinds of text and heads at equal budgets: 1M tokens each, three seeds.
+"""Losses and heads at equal budgets: 1M tokens each, three seeds.
 
     python train/compare.py
 
-About four hours on two CPU cores; interrupt it at any time. Expect every distilled draft above the
-one trained on text alone, Hydra above Medusa, EAGLE-3 above EAGLE-1.
+Some hours on two CPU cores; interrupt it at any time. The papers put distilled drafts above the one
+trained on text alone, Hydra above Medusa, EAGLE-3 above EAGLE-1.
 """
 
 from ml_collections import ConfigDict

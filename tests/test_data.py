@@ -257,13 +257,18 @@ def _rows(first: int, n: int, length: int = 4) -> Rows:
     return rows.packed(tokens)
 
 
+def _fixed(found: Rows, *arguments: Any, **options: Any) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of one source."""
+    return mixture({"text": found}, constant({"text": 1}), *arguments, **options)
+
+
 def _drawn(iterator: Iterator[dict[str, np.ndarray]], num_batches: int) -> list[list[int]]:
     """The rows of each batch, by their first token."""
     return [next(iterator)["tokens"][:, 0].tolist() for _ in range(num_batches)]
 
 
 def test_batches_visit_each_sequence_once_an_epoch_in_a_new_order() -> None:
-    iterator = batches.batches(rows.packed(SEQUENCES), 4, seed=1)
+    iterator = _fixed(rows.packed(SEQUENCES), 4, seed=1)
     found = [[next(iterator) for _ in range(3)] for _ in range(3)]
     epochs = [np.concatenate([batch["tokens"] for batch in epoch]) for epoch in found]
     for epoch in epochs:
@@ -279,7 +284,7 @@ def test_batches_visit_each_sequence_once_an_epoch_in_a_new_order() -> None:
 
 def test_seed_fixes_the_order() -> None:
     def drawn(seed: int) -> list[list[int]]:
-        return _drawn(batches.batches(_rows(0, 12), 4, seed), 7)
+        return _drawn(_fixed(_rows(0, 12), 4, seed), 7)
 
     assert drawn(3) == drawn(3)
     assert drawn(3) != drawn(4)
@@ -297,7 +302,7 @@ def test_batches_resume_exactly(kind: str, prefetch: int) -> None:
     def start(prefetch: int) -> Any:
         if kind == "mixed":
             return _mixed(prefetch)
-        return batches.batches(_rows(0, 12), 5, seed=2, prefetch=prefetch)
+        return _fixed(_rows(0, 12), 5, seed=2, prefetch=prefetch)
 
     whole = _drawn(start(0), 60)
     iterator, at = start(prefetch), 0
@@ -317,12 +322,6 @@ def test_batches_resume_exactly(kind: str, prefetch: int) -> None:
     assert at > 10
 
 
-def test_one_source_is_a_mixture_of_one() -> None:
-    one = batches.batches(_rows(0, 12), 5, seed=2, prefetch=0)
-    same = mixture({"text": _rows(0, 12)}, constant({"text": 7}), 5, seed=2)
-    assert _drawn(same, 20) == _drawn(one, 20)
-
-
 def test_shards_are_disjoint_and_complete() -> None:
     def start(i: int, n: int) -> Any:
         sources: dict = {"a": _rows(0, 9), "b": OnPolicy(4, lambda r, count: _rows(100 * r, 7))}
@@ -334,7 +333,7 @@ def test_shards_are_disjoint_and_complete() -> None:
     found = [_drawn(part, 30) for part in parts]
     assert [a + b + c for a, b, c in zip(*found, strict=True)] == expected
     assert all(part.get_state() == whole.get_state() for part in parts)
-    fixed = [batches.batches(_rows(0, 6), 6, 0, i, 2) for i in range(2)]
+    fixed = [_fixed(_rows(0, 6), 6, 0, i, 2) for i in range(2)]
     halves = [_drawn(shard, 1)[0] for shard in fixed]
     assert [len(half) for half in halves] == [3, 3]
     assert sorted(halves[0] + halves[1]) == list(range(6))
@@ -539,8 +538,6 @@ def test_interrupted_shards_go_on(tmp_path: Path) -> None:
     write(progress=lambda done, total: progress.append((done, total)))
     assert progress == [(3, 10), (6, 10), (9, 10), (10, 10)]
     assert made == [(6, 9), (9, 10)]
-    assert shards.made_from(tmp_path / "new" / "rows") == {"seed": 1}
-    assert shards.made_from(tmp_path / "nothing") is None
 
     for changes in ({"made_from": {"seed": 2}}, {"num_rows": 9}, {"chunk_rows": 5}):
         with pytest.raises(
@@ -805,9 +802,9 @@ def test_errors(tokenizer: hf_tokenizers.Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="length is 0; need 1"):
         batches.pack(np.arange(4), 0)
     with pytest.raises(ValueError, match="batch_size is 13; need 1 to 12"):
-        batches.batches(rows.packed(SEQUENCES), 13, seed=0)
+        _fixed(rows.packed(SEQUENCES), 13, seed=0)
     with pytest.raises(ValueError, match="batch_size is 0 and num_shards 1; need a positive"):
-        batches.batches(rows.packed(SEQUENCES), 0, seed=0)
+        _fixed(rows.packed(SEQUENCES), 0, seed=0)
     with pytest.raises(ValueError, match="4 tokens; need 5 or more for prompts of 5"):
         generated.windows(np.arange(4), 5, 2, seed=0)
     with pytest.raises(ValueError, match="0 prompts of 5 tokens; need at least 1 of 1"):

@@ -129,6 +129,9 @@ def train(c: ConfigDict) -> None:
     rng_key = jax.random.key(c.seed)
     like = jax.eval_shape(lambda *x: init_state(init_params(*x)), rng_key, target_params)
     placed = sharding.state_sharding(mesh, like)
+    like = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, placed
+    )
     # Weights read from a file would be constants of a compiled program.
     init = init_params if options.get("initial") else jax.jit(init_params)
     params = jax.device_put(init(rng_key, target_params), placed["params"])
@@ -155,9 +158,6 @@ def train(c: ConfigDict) -> None:
     # Resume.
     kept = checkpointing.checkpoints(workdir / "checkpoints", c.keep_checkpoints)
     if (step := kept.latest()) is not None:
-        like = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, placed
-        )
         state, data_state = kept.restore(step, like)
         data.set_state(data_state)
         print(f"Resumed from step {step} of {c.num_steps} in {workdir}.", flush=True)
@@ -257,15 +257,15 @@ def train(c: ConfigDict) -> None:
             if saved:
                 kept.save(done, state, data.get_state())
             started, since = time.perf_counter(), done
-    kept.close()
 
     # Export the best, with all that a reader needs to judge and repeat it.
-    kept = checkpointing.checkpoints(workdir / "checkpoints", c.keep_checkpoints)
     found = kept.best(like["params"])
+    kept.close()
+    for log in logs:
+        log.close()
     if found is None:
         raise ValueError(f"No evaluation in {workdir} gave a finite score; nothing is exported.")
     best_step, best, _ = found
-    kept.close()
     objective.export(c.export, jax.device_get(best), eos_ids=(end_id,), bos_id=end_id)
     tokenizers.save(tokenizer, c.export)
     evaluations = [r for r in history if "score" in r]

@@ -8,7 +8,6 @@ import grain
 import numpy as np
 from tokenizers import Tokenizer
 
-from specjax.data.rows import Rows, take
 from specjax.data.sources import Document
 
 _DOCUMENTS_AT_ONCE = 64
@@ -99,44 +98,6 @@ def shard(batch_size: int, shard_index: int, num_shards: int) -> range:
         raise ValueError(f"shard_index is {shard_index}; need 0 to {num_shards - 1}.")
     size = batch_size // num_shards
     return range(shard_index * size, (shard_index + 1) * size)
-
-
-def batches(
-    rows: Rows,
-    batch_size: int,
-    seed: int,
-    shard_index: int = 0,
-    num_shards: int = 1,
-    prefetch: int = 2,
-) -> grain.DatasetIterator[dict[str, np.ndarray]]:
-    """An endless iterator over batches of `rows`, each epoch in a new order: see `rows.take`.
-
-    Epochs follow each other without a gap: a batch may hold the end of one and the start of the
-    next. Every process makes its own rows of the same batches, so that they, and the state, do not
-    depend on the number of processes. The state is that of `stream`.
-
-    Args:
-      rows: N of them.
-      batch_size: B, of all processes together.
-      seed: fixes the order of every epoch.
-      shard_index: of this process.
-      num_shards: the processes.
-      prefetch: batches made ahead.
-
-    Raises:
-      ValueError: `batch_size` is not in 1 to N, or not a multiple of `num_shards`.
-    """
-    own = shard(batch_size, shard_index, num_shards)
-    n = len(rows.tokens)
-    if batch_size > n:
-        raise ValueError(f"batch_size is {batch_size}; need 1 to {n}, the sequences there are.")
-    numbers = order(n, seed, 0)
-
-    def batch_of(step: int) -> dict[str, np.ndarray]:
-        start = step * batch_size
-        return take(rows, numbers(start + own.start, start + own.stop))
-
-    return stream(batch_of, prefetch)
 
 
 def bytes_per_token(documents: Sequence[Document], tokens: np.ndarray) -> float:

@@ -84,8 +84,9 @@ def mixture(
     """An endless iterator over batches, see `rows.take`; one source is a mixture of one.
 
     Each batch holds every source's share of rows, rounded up or down at random so that the mean is
-    the share. A source's own rows come as in `batches.batches`: each once an epoch, every epoch in
-    a new order. So do shards and the state.
+    the share. A source's own rows come each once an epoch, every epoch in a new order. Every
+    process makes its own rows of the same batches, so that they, and the state, do not depend on
+    how many processes there are. The state is that of `batches.stream`.
 
     Args:
       sources: by name; all rows have the same length and fields.

@@ -98,12 +98,6 @@ def read(directory: str | Path) -> Rows:
     return concatenate(parts)
 
 
-def made_from(directory: str | Path) -> dict[str, Any] | None:
-    """What the rows of a directory were made from; None where there are none."""
-    paths = sorted(Path(directory).glob(_PATTERN))
-    return json.loads(_read_header(paths[0]))["made_from"] if paths else None
-
-
 def _path(directory: Path, chunk: int) -> Path:
     return directory / f"rows_{chunk:06d}.npz"
 
