@@ -41,9 +41,7 @@ def get_config() -> ConfigDict:
         ("eagle3", "eagle"),
         *((name, "forward KL") for name in list(c.runs)[2:8]),
     )
-    # Of every run. Microbatches keep a step's laws in the cache of a CPU.
-    c.common = {"num_steps": 244, "accumulate": 8, "checkpoint_every": 122}
-    c.common.eval = {"every": 122}
+    c.common = {"num_steps": 244, "checkpoint_every": 122, "eval": {"every": 244}}  # of every run
     # All drafters grow this tree.
     c.build = draft.CHAIN
     heads = {"target": "@target", "heads": "@draft", "build": "@build"}

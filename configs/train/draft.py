@@ -55,10 +55,10 @@ def get_config() -> ConfigDict:
     c.teacher_cache = 0  # of the target's likeliest tokens; 0 computes all of its law anew
     c.sequence_length = 256
     c.batch_size = 16
-    c.accumulate = 8  # microbatches of a step, small enough for a CPU's cache
+    c.accumulate = 4  # microbatches of a step, small enough for a CPU's cache
     c.num_steps = 3910  # 16M tokens
     c.optimizer = MUON
-    c.dtype = "float32"  # of activations; parameters and the optimizer are float32 anyway
+    c.dtype = "bfloat16"  # of activations; parameters, laws, optimizer are float32 anyway
     c.mesh = {"data": -1}  # "fsdp" and "tensor" too; -1: the devices that are left
     c.seed = 1
     c.eval = {"every": 195, "num_sequences": 192}

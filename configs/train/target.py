@@ -40,6 +40,8 @@ def get_config() -> ConfigDict:
     c.vocab_size = 4096  # of the tokenizer trained on the text when there is no target
     c.optimizer = ConfigDict(ADAMW)
     c.num_steps = 1800
+    c.dtype = "float32"
+    c.accumulate = 8
     c.seed = 0
     c.eval.every = c.checkpoint_every = 90  # a twentieth of the steps
     return c
