@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     c.runs["LK lambda"] = loss("lk_lambda")
     c.runs["top-16 forward KL"] = loss("top_k_ce", k=16)
     fast = {"optimizer": {"learning_rate": 0.1}}  # heads learn from nothing in few steps
-    for head in ("medusa", "hydra", "eagle", "hass", "eagle3"):
+    for head in ("medusa", "hydra", "eagle", "eagle3"):
         c.runs[head] = {"config": head, "changes": fast}
     c.comparisons = (
         ("forward KL", "text"),

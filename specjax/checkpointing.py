@@ -6,12 +6,15 @@ find is whole, and nothing that was whole is lost before its successor is.
 
 import contextlib
 import errno
+import functools
 import json
 import logging
 import math
 import numbers
 import os
 import shutil
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -285,13 +288,26 @@ def _cause(error: BaseException) -> str:
     return max(known, key=len, default=text[:200] or type(error).__name__)
 
 
+@functools.cache
 def _let_failures_be_told_once() -> None:
-    """Orbax logs each failure with several tracebacks from several threads, and raises it too."""
-    logging.getLogger("absl").addFilter(_is_no_failure_of_orbax)
+    """Orbax raises a failure, but its threads and tasks and TensorStore print it too, many times."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_no_failure_of_orbax)
+    printed = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        # After its first failure Orbax closes the loop that writes still under way report to.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            printed(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _is_no_failure_of_orbax(record: logging.LogRecord) -> bool:
-    return record.levelno < logging.ERROR or "/orbax/" not in record.pathname
+    paths = [record.pathname]
+    if record.exc_info and record.exc_info[2] is not None:
+        paths += [frame.filename for frame in traceback.extract_tb(record.exc_info[2])]
+    return record.levelno < logging.ERROR or not any("/orbax/" in path for path in paths)
 
 
 # ----------------------------------------------------------------------------------------- metrics

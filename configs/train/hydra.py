@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     c.options.loss = {"call": "specjax.objectives.losses.forward_kl"}
     c.options.build = draft.CHAIN
     c.optimizer.update(learning_rate=0.05, adam_learning_rate=0.01)
-    c.num_steps = 1500
-    c.eval.every = c.checkpoint_every = 75
+    c.num_steps = 1000
+    c.eval.every = c.checkpoint_every = 50
     c.workdir, c.export = "runs/train/hydra", "checkpoints/hydra"
     return c
