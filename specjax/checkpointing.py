@@ -290,7 +290,7 @@ def _cause(error: BaseException) -> str:
 
 @functools.cache
 def _let_failures_be_told_once() -> None:
-    """Orbax raises a failure, but its threads and tasks and TensorStore print it too, many times."""
+    """Orbax raises a failure, but its threads, its tasks and TensorStore print it, too."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_no_failure_of_orbax)
     printed = sys.unraisablehook
