@@ -9,6 +9,7 @@ less in float32 and of 1e-14 or less in float64.
 from ml_collections import ConfigDict
 
 from configs.bench import demo
+from specjax.build import mentions
 from specjax.laboratory import PROPOSALS
 
 RULES = ("match", "rejection", "block", "traversal", "kseq", "gbv", "hybrid")
@@ -36,7 +37,8 @@ def get_config() -> ConfigDict:
     c.rules["mine"] = {"call": ""}  # a blank, for --config.rules.mine.call=module.rule
     c.methods = ConfigDict(sort_keys=False)
     for name, spec in demo.get_config().methods.items():
-        c.methods[name] = method(spec.drafter, spec.verifier)
+        if not any(mentions(spec.drafter, head) for head in demo.HEADS):  # nothing to train here
+            c.methods[name] = method(spec.drafter, spec.verifier)
     c.methods["block chain"] = method(demo.chain("without_replacement"), rule("block"))
     c.methods["traversal tree"] = method(demo.tree("without_replacement"), rule("traversal"))
     return c

@@ -31,7 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from specjax import checkpoints, engine, metrics, plots, prompts, sampling, scripts, theory
-from specjax.build import build
+from specjax.build import build, mentions
 from specjax.timing import Timed, loop, rounds
 from specjax.types import Array, DecodeState, Proposal
 
@@ -69,7 +69,9 @@ def run(c: ConfigDict) -> list[dict[str, Any]]:
         )
     for temperature in c.temperatures:
         sampling.sampling(1, temperature)  # refuses what is out of range
-    models = checkpoints.load(c.target, c.drafts, c.dtype, c.cache_dtype)
+    specs = [method.get("drafter") for method in c.methods.values()]
+    drafts = {n: path for n, path in c.drafts.items() if any(mentions(spec, n) for spec in specs)}
+    models = checkpoints.load(c.target, drafts, c.dtype, c.cache_dtype)
     if c.prompts:
         tokens = prompts.encode(prompts.read(c.prompts), models.tokenizer)[: c.num_prompts]
     else:

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import jax
 import pytest
@@ -15,11 +16,22 @@ from ml_collections import ConfigDict
 from decode import benchmark, generate, profile, verification
 from specjax import engine
 from specjax.build import build
+from specjax.models import hf_heads
+from specjax.models.eagle import eagle3_head
+from specjax.models.hydra import hydra_heads
+from specjax.models.medusa import medusa_heads
 from specjax.models.transformer import TransformerConfig, transformer
 
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.py"))
 TINY = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_layers": 1}
 TINY |= {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
+
+SHAPE = TransformerConfig(**{**TINY, "vocab_size": 300})  # of `save_model`'s layers
+HEADS: dict[str, Any] = {
+    "medusa": medusa_heads(SHAPE.hidden_size, num_heads=4),
+    "hydra": hydra_heads(SHAPE.hidden_size, num_heads=4, prefix=SHAPE),
+    "eagle3": eagle3_head(SHAPE, (0, 0, 0)),
+}
 
 
 def load(name: str) -> ModuleType:
@@ -34,7 +46,10 @@ def load(name: str) -> ModuleType:
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     path = tmp_path_factory.mktemp("checkpoints")
-    return save_model(path / "target"), save_model(path / "draft", seed=1)
+    target = save_model(path / "target")
+    for name, heads in HEADS.items():
+        hf_heads.save(path / name, heads, heads.init(jax.random.key(2)))
+    return target, save_model(path / "draft", seed=1)
 
 
 def shrink_drafter(drafter: ConfigDict) -> None:
@@ -52,7 +67,9 @@ def shrink(c: ConfigDict, directories: tuple[str, str], output: Path) -> ConfigD
     for method in c.methods.values():
         if "drafter" in method:
             shrink_drafter(method.drafter)
-    c.update(target=directories[0], drafts={"draft": directories[1]}, output=str(output))
+    drafts = {name: directories[1] for name in c.drafts if name not in HEADS}
+    drafts |= {name: str(Path(directories[0]).parent / name) for name in HEADS}
+    c.update(target=directories[0], drafts=drafts, output=str(output))
     c.update(num_prompts=2, prompt_length=16, max_new_tokens=10, repeats=1)
     return c
 
@@ -70,6 +87,8 @@ def test_demo(directories: tuple[str, str], tmp_path: Path) -> None:
     pair = ("coupled chain", "sampled chain")
     c.comparisons = (pair,)
     c.methods["coupled chain"].formula = "coupled_acceptance"
+    for name in ("medusa", "eagle3", "sampled medusa", "sampled hydra"):
+        del c.methods[name]  # the tests of heads run these; here are one greedy and one sampled
     records = benchmark.run(c)
     wanted = [(n, t) for t in c.temperatures for n, m in c.methods.items() if t in m.temperatures]
     assert [(r["method"], r["temperature"]) for r in records] == wanted

@@ -9,6 +9,7 @@ wherever the table can tell, and about two tokens per target pass from the draft
 from ml_collections import ConfigDict
 
 GREEDY, SAMPLED = (0.0,), (1.0,)
+HEADS = ("medusa", "hydra", "eagle3")
 NONE = {"call": "specjax.drafters.none.none"}
 LOOKUP = {"call": "specjax.drafters.lookup.lookup", "num_tokens": 4, "ngram": 3}
 MATCH = {"call": "specjax.verifiers.match.match"}
@@ -32,6 +33,15 @@ def tree(choose: str, parents: tuple[int, ...] = TREE) -> dict:
     return {"call": "specjax.drafters.model.model", "draft_model": "@draft", "build": build}
 
 
+def head(name: str, choose: str, parents: tuple[int, ...]) -> dict:
+    """Drafts a tree with the heads of that name."""
+    choose = {"call": f"specjax.drafters.grow.{choose}"}
+    build = {"call": "specjax.drafters.grow.static", "parents": parents, "choose": choose}
+    kind, holds = ("eagle", "head") if name.startswith("eagle") else (name, "heads")
+    drafter = {"call": f"specjax.drafters.{kind}.{kind}", "target": "@target", holds: f"@{name}"}
+    return {**drafter, "build": build}
+
+
 def method(drafter: dict, verifier: dict, temperatures: tuple[float, ...]) -> dict:
     return {"drafter": drafter, "verifier": verifier, "temperatures": temperatures}
 
@@ -39,7 +49,7 @@ def method(drafter: dict, verifier: dict, temperatures: tuple[float, ...]) -> di
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.target = "checkpoints/target"
-    c.drafts = {"draft": "checkpoints/draft"}  # "@draft" below
+    c.drafts = {name: f"checkpoints/{name}" for name in ("draft", *HEADS)}  # "@draft" above
     c.dtype = "auto"
     c.cache_dtype = "auto"
     c.output = "runs/demo"
@@ -56,9 +66,14 @@ def get_config() -> ConfigDict:
     c.methods["lookup"] = method(LOOKUP, MATCH, GREEDY + SAMPLED)
     c.methods["chain"] = method(chain("best", 4), MATCH, GREEDY)
     c.methods["tree"] = method(tree("best"), MATCH, GREEDY)
+    for name in HEADS:
+        c.methods[name] = method(head(name, "best", TREE), MATCH, GREEDY)
     c.methods["coupled chain"] = method(chain("coupled"), MATCH, SAMPLED)
     c.methods["sampled chain"] = method(chain("without_replacement"), REJECTION, SAMPLED)
     c.methods["sampled tree"] = method(
         tree("without_replacement", SAMPLED_TREE), REJECTION, SAMPLED
     )
+    for name in HEADS:
+        drafter = head(name, "without_replacement", SAMPLED_TREE)
+        c.methods[f"sampled {name}"] = method(drafter, REJECTION, SAMPLED)
     return c
