@@ -797,7 +797,7 @@ def test_errors(tokenizer: hf_tokenizers.Tokenizer, tmp_path: Path) -> None:
         sources.text_files([str(tmp_path / "void")])
     with pytest.raises(ValueError, match="0 documents to encode; need at least 1"):
         batches.encode([], tokenizer, 0)
-    with pytest.raises(ValueError, match="4 tokens; need 5 or more for length 4"):
+    with pytest.raises(ValueError, match="has 4 tokens; a sequence of 4 needs 5"):
         batches.pack(np.arange(4), 4)
     with pytest.raises(ValueError, match="length is 0; need 1"):
         batches.pack(np.arange(4), 0)

@@ -21,7 +21,7 @@ from specjax.models import hf, hf_heads
 from specjax.models.hydra import HydraHeads, hydra_heads
 from specjax.models.medusa import MedusaHeads, medusa_heads
 from specjax.models.transformer import TransformerConfig, forward, transformer
-from specjax.objectives import Batch, Objective, hydra, losses, medusa
+from specjax.objectives import Batch, Objective, eagle, hydra, losses, medusa
 from specjax.sampling import sampling
 from specjax.types import Array, DecodeState, Params, PyTree
 from specjax.verifiers.match import match
@@ -387,6 +387,24 @@ def test_new_heads_predict_what_the_target_did(own: bool) -> None:
     for found in logits(jax.random.key(1)):
         expected = feature @ np.asarray(TARGET_PARAMS["lm_head"]).T
         np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [medusa.medusa, medusa.medusa2, hydra.hydra, eagle.eagle])
+def test_exports_can_be_started_from(make: Callable, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"head": PREFIX} if make is eagle.eagle else {"num_heads": 2}
+    options |= {"model": SHAPE} if make is medusa.medusa2 else {}
+    directory, key = str(tmp_path / "heads"), jax.random.key(0)
+    objective = make(options, TARGET)
+    first = jax.jit(objective.init)(key, TARGET_PARAMS)
+    objective.export(directory, first, (0,), None)
+    if make is medusa.medusa2:
+        directory, first = directory + "/heads", first["heads"]
+    again = make({**options, "initial": directory}, TARGET).init(key, TARGET_PARAMS)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), first)
+    jax.tree.map(np.testing.assert_array_equal, again.get("heads", again), rounded)
+    other = {"head": {**PREFIX, "head_dim": 8}} if "head" in options else {"num_heads": 3}
+    with pytest.raises(ValueError, match=r"from which they start, has .*; need the same"):
+        make({**options, **other, "initial": directory}, TARGET).init(key, TARGET_PARAMS)
 
 
 # --------------------------------------------------------------------------------------- errors

@@ -58,17 +58,19 @@ def train(c: ConfigDict) -> None:
 
     # Text, tokenizer, tokens.
     training, held_out = sources.split(_documents(c.sources))
-    if checkpoint is not None:
-        if not checkpoint.eos_ids:
-            raise ValueError(
-                f"{c.target} names no end-of-text id; training separates texts by one."
-            )
-        tokenizer = tokenizers.load(c.target)
-        vocab_size, end_id = checkpoint.config.vocab_size, checkpoint.eos_ids[0]
+    initial = c.options.get("initial", "")
+    if c.target and initial:
+        hf.check_same_tokens(c.target, initial)
+    if named := c.target or initial:
+        owner = checkpoint or hf.load(initial)
+        if not owner.eos_ids:
+            raise ValueError(f"{named} names no end-of-text id; training separates texts by one.")
+        tokenizer = tokenizers.load(named)
+        vocab_size, end_id = owner.config.vocab_size, owner.eos_ids[0]
         if tokenizer.get_vocab_size() > vocab_size:
             raise ValueError(
-                f"{c.target} has {tokenizer.get_vocab_size()} tokens in tokenizer.json but a model "
-                f"of {vocab_size}; need the target's own tokenizer."
+                f"{named} has {tokenizer.get_vocab_size()} tokens in tokenizer.json but a model "
+                f"of {vocab_size}; need the model's own tokenizer."
             )
     else:
         tokenizer = tokenizers.train_bpe((d.text for d in training), c.vocab_size)
@@ -133,7 +135,7 @@ def train(c: ConfigDict) -> None:
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, placed
     )
     # Weights read from a file would be constants of a compiled program.
-    init = init_params if options.get("initial") else jax.jit(init_params)
+    init = init_params if initial else jax.jit(init_params)
     params = jax.device_put(init(rng_key, target_params), placed["params"])
     state = jax.jit(init_state, out_shardings=placed)(params)
     step_of = jax.jit(train_step, donate_argnums=0, out_shardings=(placed, None))

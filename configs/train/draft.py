@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
     c = ConfigDict()
     c.objective = "specjax.objectives.distill.distill"
     c.options = {
+        "initial": "",  # a directory to start from
         "loss": {"call": "specjax.objectives.losses.forward_kl"},
         "build": CHAIN,  # the tree that the evaluation drafts
         "model": {

@@ -13,7 +13,7 @@ from configs.train import draft, hydra
 def get_config() -> ConfigDict:
     c = draft.get_config()
     c.objective = "specjax.objectives.eagle.eagle"
-    c.options = ConfigDict({"head": hydra.LAYER, "build": draft.CHAIN})
+    c.options = ConfigDict({"initial": "", "head": hydra.LAYER, "build": draft.CHAIN})
     c.optimizer.update(learning_rate=0.05, adam_learning_rate=0.01)
     c.num_steps = 1000
     c.eval.every = c.checkpoint_every = 50

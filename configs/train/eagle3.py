@@ -7,13 +7,13 @@ About 70 minutes on two CPU cores.
 
 from ml_collections import ConfigDict
 
-from configs.train import draft, eagle, hydra
+from configs.train import eagle
 
 
 def get_config() -> ConfigDict:
     c = eagle.get_config()
     c.objective = "specjax.objectives.eagle.eagle3"
-    c.options = ConfigDict({"head": hydra.LAYER, "num_steps": 5, "build": draft.CHAIN})
+    c.options.num_steps = 5
     c.feature_layers = (2, 4, 6)  # low, middle, high of nine
     c.workdir, c.export = "runs/train/eagle3", "checkpoints/eagle3"
     return c

@@ -15,7 +15,7 @@ LAYER = {"intermediate_size": 704, "num_heads": 4, "num_kv_heads": 2, "head_dim"
 def get_config() -> ConfigDict:
     c = draft.get_config()
     c.objective = "specjax.objectives.hydra.hydra"
-    c.options = ConfigDict({"num_heads": 4, "num_layers": 1, "prefix": LAYER})
+    c.options = ConfigDict({"initial": "", "num_heads": 4, "num_layers": 1, "prefix": LAYER})
     c.options.loss = {"call": "specjax.objectives.losses.forward_kl"}
     c.options.build = draft.CHAIN
     c.optimizer.update(learning_rate=0.05, adam_learning_rate=0.01)

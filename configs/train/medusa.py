@@ -13,7 +13,7 @@ from configs.train import draft
 def get_config() -> ConfigDict:
     c = draft.get_config()
     c.objective = "specjax.objectives.medusa.medusa"
-    c.options = ConfigDict({"num_heads": 4, "num_layers": 1})
+    c.options = ConfigDict({"initial": "", "num_heads": 4, "num_layers": 1})
     c.options.loss = {"call": "specjax.objectives.losses.forward_kl"}
     c.options.build = draft.CHAIN
     c.optimizer.update(learning_rate=0.05, adam_learning_rate=0.01)

@@ -42,7 +42,9 @@ def pack(tokens: np.ndarray, length: int) -> np.ndarray:
     if length < 1:
         raise ValueError(f"length is {length}; need 1 or more")
     if len(tokens) < length + 1:
-        raise ValueError(f"{len(tokens)} tokens; need {length + 1} or more for length {length}")
+        raise ValueError(
+            f"The text has {len(tokens)} tokens; a sequence of {length} needs {length + 1}."
+        )
     windows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)
     return windows[::length].astype(np.int32)
 

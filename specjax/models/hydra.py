@@ -36,7 +36,7 @@ class HydraHeads(NamedTuple):
     num_layers: int  # residual blocks of each head; those after the first share weights
     prefix: TransformerConfig | None  # of the prefix layer
     own_unembedding: bool  # each head has a matrix and a bias of its own
-    vocab_size: int  # of those matrices
+    vocab_size: int  # of those matrices; 0 without
 
 
 class _PrefixLayer(nn.Module):
@@ -92,6 +92,7 @@ def hydra_heads(
             another width.
     """
     check_sizes("Hydra", num_heads, num_layers, own_unembedding, vocab_size)
+    vocab_size = vocab_size if own_unembedding else 0
     if prefix is not None and (prefix.num_layers, prefix.hidden_size) != (1, hidden_size):
         raise ValueError(
             f"The Hydra prefix has {prefix.num_layers} layers of hidden size {prefix.hidden_size}; "

@@ -26,7 +26,7 @@ class MedusaHeads(NamedTuple):
     num_heads: int
     num_layers: int  # residual blocks of each head
     own_unembedding: bool  # each head has a matrix of its own in place of the target's
-    vocab_size: int  # of those matrices
+    vocab_size: int  # of those matrices; 0 without
 
 
 def medusa_heads(
@@ -51,6 +51,7 @@ def medusa_heads(
         ValueError: no head or no layer, an unembedding without rows.
     """
     check_sizes("Medusa", num_heads, num_layers, own_unembedding, vocab_size)
+    vocab_size = vocab_size if own_unembedding else 0
 
     def init(rng_key: Array) -> PyTree:
         def head(rng_key: Array) -> PyTree:

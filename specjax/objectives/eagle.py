@@ -26,7 +26,7 @@ from specjax.models import hf_heads
 from specjax.models.eagle import EagleHead, check, eagle3_head, eagle_head
 from specjax.models.transformer import TransformerConfig
 from specjax.objectives import Batch, Objective, losses
-from specjax.objectives.heads import head_options, unembedding
+from specjax.objectives.heads import head_options, initial, unembedding
 from specjax.objectives.teacher import mean, report, teach
 from specjax.types import Array, Model, PyTree
 
@@ -143,10 +143,8 @@ def _eagle(name: str, c: SimpleNamespace, head: EagleHead, target: Model) -> Obj
     drafter = eagle_drafter(target, head, build(c.build))
 
     def init(rng_key: Array, target_params: PyTree) -> PyTree:
-        if c.initial:
-            return hf_heads.load(c.initial, target, jnp.float32)[1]
-        params = head.init(rng_key)
-        if head.own_unembedding:
+        params = initial(name, c.initial, head, target, rng_key)
+        if head.own_unembedding and not c.initial:
             ids = slice(None) if head.vocabulary is None else head.vocabulary
             params = {**params, "lm_head": unembedding(target, target_params)[ids]}
         return params

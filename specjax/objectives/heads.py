@@ -1,5 +1,6 @@
 """What the objectives of heads share: their options, and the loss of heads that look ahead."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
@@ -7,10 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from specjax import trees
 from specjax.build import build
 from specjax.drafters import grow
+from specjax.models import hf_heads
+from specjax.models.hf_heads import Heads
+from specjax.models.transformer import TransformerConfig
 from specjax.objectives import Batch, options
 from specjax.objectives.teacher import mean, report
 from specjax.types import Array, Model, PyTree
@@ -42,6 +47,28 @@ def tree(num_heads: int) -> grow.Builder:
     depth = trees.topology(parents).depth_of
     kept = [parent for parent, d in zip(parents, depth, strict=True) if d <= num_heads]
     return grow.static(kept, grow.best())
+
+
+def initial(name: str, directory: str, heads: Heads, target: Model, rng_key: Array) -> PyTree:
+    """The first weights of heads: those in a directory, new ones if it is "".
+
+    Raises:
+        ValueError: other heads in the directory; as `hf_heads.load`.
+    """
+    if not directory:
+        return heads.init(rng_key)
+    found, params = hf_heads.load(directory, target, jnp.float32)
+    for field, wanted in heads._asdict().items():
+        there: Any = getattr(found, field, None)
+        if isinstance(there, TransformerConfig) and isinstance(wanted, TransformerConfig):
+            # A layer has no embeddings to tie.
+            there = dataclasses.replace(there, tie_embeddings=wanted.tie_embeddings)
+        if not callable(wanted) and not np.array_equal(there, wanted):
+            raise ValueError(
+                f"The heads of {name} have {field} {wanted} but {directory}, from which they "
+                f"start, has {there}; need the same."
+            )
+    return params
 
 
 def unembedding(target: Model, target_params: PyTree) -> Array:

@@ -21,7 +21,14 @@ from specjax.models import hf_heads
 from specjax.models.hydra import HydraHeads, hydra_heads
 from specjax.models.transformer import TransformerConfig
 from specjax.objectives import Batch, Objective, losses
-from specjax.objectives.heads import head_options, heads_loss, shifted, tree, unembedding
+from specjax.objectives.heads import (
+    head_options,
+    heads_loss,
+    initial,
+    shifted,
+    tree,
+    unembedding,
+)
 from specjax.objectives.teacher import teach
 from specjax.types import Array, Model, PyTree
 
@@ -35,6 +42,7 @@ _OPTIONS: dict[str, Any] = {
     "position_weights": losses.geometric(0.8),  # of the heads
     "temperature": 1.0,  # of both laws
     "build": None,  # the tree to evaluate with; by default `heads.tree` for the number of heads
+    "initial": "",  # a directory to start from
     "dtype": jnp.float32,  # of activations and the prefix layer's cache
 }
 
@@ -57,8 +65,8 @@ def hydra(config: Mapping[str, Any], target: Model) -> Objective:
     nats = heads_loss(c)
 
     def init(rng_key: Array, target_params: PyTree) -> PyTree:
-        params = heads.init(rng_key)
-        if c.own_unembedding:
+        params = initial("hydra", c.initial, heads, target, rng_key)
+        if c.own_unembedding and not c.initial:
             matrix = unembedding(target, target_params)
             for k in range(c.num_heads):
                 params[f"heads_{k}"]["lm_head"]["weight"] = jnp.copy(matrix)

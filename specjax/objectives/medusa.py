@@ -24,7 +24,14 @@ from specjax.models import hf, hf_heads
 from specjax.models.medusa import MedusaHeads, medusa_heads
 from specjax.models.transformer import TransformerConfig, forward
 from specjax.objectives import Batch, Objective, losses
-from specjax.objectives.heads import head_options, heads_loss, shifted, tree, unembedding
+from specjax.objectives.heads import (
+    head_options,
+    heads_loss,
+    initial,
+    shifted,
+    tree,
+    unembedding,
+)
 from specjax.objectives.teacher import mean, teach
 from specjax.types import Array, Model, Params, PyTree
 
@@ -36,6 +43,7 @@ _OPTIONS: dict[str, Any] = {
     "position_weights": losses.geometric(0.8),  # of the heads
     "temperature": 1.0,  # of both laws
     "build": None,  # the tree to evaluate with; by default `heads.tree` for the number of heads
+    "initial": "",  # a directory to start from
     "dtype": jnp.float32,  # of activations
 }
 
@@ -55,7 +63,7 @@ def medusa(config: Mapping[str, Any], target: Model) -> Objective:
     nats = heads_loss(c)
 
     def init(rng_key: Array, target_params: PyTree) -> PyTree:
-        return _with_unembedding(heads, heads.init(rng_key), target, target_params)
+        return _first("medusa", c, heads, target, target_params, rng_key)
 
     def loss(
         params: PyTree, target_params: PyTree, batch: Batch, rng_key: Array
@@ -98,7 +106,7 @@ def medusa2(config: Mapping[str, Any], target: Model) -> Objective:
     nats, backbone_nats = heads_loss(c), build(c.backbone_loss)
 
     def init(rng_key: Array, target_params: PyTree) -> PyTree:
-        params = _with_unembedding(heads, heads.init(rng_key), target, target_params)
+        params = _first("medusa2", c, heads, target, target_params, rng_key)
         # A copy: the original stays the teacher.
         own = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), target_params)
         return {"target": own, "heads": params}
@@ -174,10 +182,16 @@ def predictor(
     return predict
 
 
-def _with_unembedding(
-    heads: MedusaHeads, params: PyTree, target: Model, target_params: PyTree
+def _first(
+    name: str,
+    c: SimpleNamespace,
+    heads: MedusaHeads,
+    target: Model,
+    target_params: PyTree,
+    rng_key: Array,
 ) -> PyTree:
-    if not heads.own_unembedding:
+    params = initial(name, c.initial, heads, target, rng_key)
+    if not heads.own_unembedding or c.initial:
         return params
     matrix = unembedding(target, target_params)
     # Copies: donation refuses an array given twice.
