@@ -207,7 +207,7 @@ def test_bfloat16_leaves_the_argmax_loop_by_rounding_only(monkeypatch: pytest.Mo
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("name", ["lookup/rejection", "model tree without_replacement/rejection"])
+@pytest.mark.parametrize("name", ["lookup/rejection", "model chain without_replacement/rejection"])
 def test_eos_only_cuts(name: str) -> None:
     """Where private draws decide, the text up to an EOS is that of a decoder which knows no EOS."""
     case = CASES[name]
