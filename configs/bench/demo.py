@@ -2,7 +2,7 @@
 
     python decode/benchmark.py --config=configs/bench/demo.py
 
-About a minute and a half on two CPU cores. Expect the same tokens from every method
+About three minutes on two CPU cores. Expect the same tokens from every method
 wherever the table can tell, and about two tokens per target pass from the draft model.
 """
 
