@@ -103,7 +103,7 @@ def shrunk(name: str, directory: Path, target: str, **changes: object) -> Config
     c.generated.update(num_rows=8, round_steps=6, prompt_length=4, batch_size=8)
     c.eval.update(every=5, num_sequences=4, num_prompts=2, prompt_length=4, max_new_tokens=6)
     c.update(sources=(str(text),), vocab_size=280, sequence_length=16, batch_size=4, num_steps=10)
-    c.update(log_every=1, checkpoint_every=5, accumulate=1)
+    c.update(log_every=1, checkpoint_every=5, accumulate=1, dtype="float32")
     c.update(workdir=str(directory / name), export=str(directory / f"{name}-export"))
     c.update(changes)
     return c
