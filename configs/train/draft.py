@@ -2,7 +2,7 @@
 
     python train/train.py --config=configs/train/draft.py
 
-About 40 minutes on two CPU cores. The other configs of this directory change what they need of
+About half an hour on two CPU cores. The other configs of this directory change what they need of
 this one.
 """
 

@@ -2,7 +2,7 @@
 
     python train/train.py --config=configs/train/text.py
 
-About 40 minutes on two CPU cores.
+About half an hour on two CPU cores.
 """
 
 from ml_collections import ConfigDict
