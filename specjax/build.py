@@ -22,9 +22,9 @@ def build(spec: Any, **given: Any) -> Any:
 
     Raises:
         ValueError: a function that does not exist or does not take these arguments, text that
-            stands for nothing.
+            stands for nothing or for something of another type than the function takes.
     """
-    if isinstance(spec, str) and spec.startswith("@"):
+    if _stands_for_given(spec):
         value = given.get(spec[1:])
         if value is None:
             raise ValueError(f"The config needs a {spec[1:]}, but none was given.")
@@ -33,14 +33,27 @@ def build(spec: Any, **given: Any) -> Any:
         return spec
     named = function(spec["call"])
     arguments = {name: build(value, **given) for name, value in spec.items() if name != "call"}
+    takes = inspect.signature(named)
     try:
-        inspect.signature(named).bind(**arguments)
+        takes.bind(**arguments)
     except TypeError as error:
-        takes = inspect.signature(named)
         raise ValueError(
             f"{spec['call']} is called with ({', '.join(arguments)}): {error}; it takes {takes}."
         ) from error
+    for name, parameter in takes.parameters.items():
+        kind = parameter.annotation
+        if not _stands_for_given(spec.get(name)) or not isinstance(kind, type):
+            continue
+        if not isinstance(arguments[name], kind):
+            raise ValueError(
+                f"{spec['call']} takes {name}: {kind.__name__}, "
+                f"but {spec[name]} is of type {type(arguments[name]).__name__}."
+            )
     return named(**arguments)
+
+
+def _stands_for_given(spec: Any) -> bool:
+    return isinstance(spec, str) and spec.startswith("@")
 
 
 def mentions(spec: Any, name: str) -> bool:

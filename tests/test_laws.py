@@ -56,7 +56,7 @@ def parts_of(case: Case) -> Callable[[Pair], Parts]:
 )
 def program(request: pytest.FixtureRequest) -> Iterator[Program]:
     yield Program(request.param, parts_of(CASES[request.param]))
-    jax.clear_caches()
+    engine.decode.clear_cache()
 
 
 def scenario() -> Batch:

@@ -222,6 +222,8 @@ def test_benchmark_refuses(
 ) -> None:
     monkeypatch.setattr(engine, "prefill", refuse)
     c = demo.get_config()
+    for name in demo.HEADS:
+        del c.methods[name], c.methods[f"sampled {name}"]
     c.update(target=directories.target, drafts={"draft": directories.draft})
     c.update(options)
     with pytest.raises(ValueError, match=message):
@@ -233,6 +235,8 @@ def test_build_says_what_a_function_takes() -> None:
         build({"call": "specjax.drafters.lookup.lookup", "length": 3})
     with pytest.raises(ValueError, match="names no function"):
         build({"call": "lookup"})
+    with pytest.raises(ValueError, match="takes num_tokens: int, but @count is of type str"):
+        build({"call": "specjax.drafters.lookup.lookup", "num_tokens": "@count"}, count="3")
 
 
 @pytest.mark.parametrize(
