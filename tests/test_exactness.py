@@ -184,6 +184,7 @@ def enumerator(rule: str, build: grow.Builder, vocab_size: int) -> Callable:
     return run
 
 
+QUICKLY_PUBLISHED = ((2, "block"), (4, "rejection"), (4, "block"))
 PUBLISHED = {  # drafted tokens: accepted by the token rule, by the block rule (arXiv 2403.10444)
     2: (10 / 9, 11 / 9),
     3: (1.40741, 1.66667),
@@ -194,7 +195,7 @@ PUBLISHED = {  # drafted tokens: accepted by the token rule, by the block rule (
 @pytest.mark.parametrize(
     ("num_tokens", "rule"),
     [
-        pytest.param(n, r, marks=() if n == 2 or r in ("rejection", "block") else pytest.mark.slow)
+        pytest.param(n, r, marks=() if (n, r) in QUICKLY_PUBLISHED else pytest.mark.slow)
         for n in PUBLISHED
         for r in ("rejection", "kseq", "block", "traversal", "gbv")
     ],
@@ -225,16 +226,25 @@ def test_rules_coincide_on_a_chain() -> None:
         assert gained["block"] > gained["rejection"] > gained["match"]
 
 
-@pytest.mark.parametrize("num_drafts", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_no_rule_beats_the_bound_on_independent_siblings(num_drafts: int) -> None:
+ON_SIBLINGS = ("match", "rejection", "traversal", "kseq", "gbv")
+ON_MERGED = ("match", "rejection", "traversal")
+
+
+@pytest.mark.parametrize(
+    ("num_drafts", "rules", "on_merged"),
+    [
+        (2, ("rejection", "kseq"), ("traversal",)),
+        pytest.param(2, ON_SIBLINGS, ON_MERGED, marks=pytest.mark.slow),
+        pytest.param(3, ON_SIBLINGS, ON_MERGED, marks=pytest.mark.slow),
+    ],
+)
+def test_no_rule_beats_the_bound_on_independent_siblings(
+    num_drafts: int, rules: tuple[str, ...], on_merged: tuple[str, ...]
+) -> None:
     """And each accepts as often as its formula says."""
     build = grow.paths(num_drafts, 1, grow.independent())
-    rules = ("match", "rejection", "traversal", "kseq", "gbv")
     runs = {rule: enumerator(rule, build, 4) for rule in rules}
-    merged = {
-        f"{rule}, merged": enumerator(rule, grow.merged(build), 4)
-        for rule in ("match", "rejection", "traversal")
-    }
+    merged = {f"{rule}, merged": enumerator(rule, grow.merged(build), 4) for rule in on_merged}
     for seed in range(3):
         pair = tabular_pair(4, seed=seed)
         p, q = (np.exp(np.asarray(x)[1, 0]) for x in (pair.target_params, pair.draft_params))
@@ -249,7 +259,8 @@ def test_no_rule_beats_the_bound_on_independent_siblings(num_drafts: int) -> Non
             "rejection": theory.recursive_acceptance(p, q, num_drafts),
             "kseq": theory.kseq_acceptance(p, q, num_drafts),
         }
-        for name, expected in formulas.items():
+        for name in formulas.keys() & accepted.keys():
+            expected = formulas[name]
             # kseq ends its search for rho within a thousandth of the best.
             within = 1e-3 if name == "kseq" else 1e-5
             assert accepted[name] == pytest.approx(float(expected), abs=within), name
