@@ -9,7 +9,6 @@ wherever the table can tell, and about two tokens per target pass from the draft
 from ml_collections import ConfigDict
 
 GREEDY, SAMPLED = (0.0,), (1.0,)
-HEADS = ("medusa", "hydra", "eagle3")
 NONE = {"call": "specjax.drafters.none.none"}
 LOOKUP = {"call": "specjax.drafters.lookup.lookup", "num_tokens": 4, "ngram": 3}
 MATCH = {"call": "specjax.verifiers.match.match"}
@@ -17,7 +16,8 @@ REJECTION = {"call": "specjax.verifiers.rejection.rejection"}
 # A pass over eight nodes costs hardly more than one over one, see configs/bench/cpu_kernels.py, and
 # heads draft them cheaply: two candidates for the next token, the likelier one followed further.
 TREE, SAMPLED_TREE = (-1, 0, 0, 1, 3), (-1, 0, 0, 1, 1)
-HEADS_TREE = (-1, 0, 0, 1, 1, 2, 3, 6)
+DEEP, WIDE = (-1, 0, 0, 1, 1, 2, 3, 6), (-1, 0, 0, 0, 1, 1, 2, 4)
+HEADS = {"medusa": WIDE, "hydra": DEEP, "eagle3": DEEP}
 
 
 def chain(choose: str, num_tokens: int = 3) -> dict:
@@ -37,7 +37,7 @@ def tree(choose: str, parents: tuple[int, ...] = TREE) -> dict:
 def head(name: str, choose: str) -> dict:
     """Drafts a tree with the heads of that name."""
     choose = {"call": f"specjax.drafters.grow.{choose}"}
-    build = {"call": "specjax.drafters.grow.static", "parents": HEADS_TREE, "choose": choose}
+    build = {"call": "specjax.drafters.grow.static", "parents": HEADS[name], "choose": choose}
     kind, holds = ("eagle", "head") if name.startswith("eagle") else (name, "heads")
     drafter = {"call": f"specjax.drafters.{kind}.{kind}", "target": "@target", holds: f"@{name}"}
     return {**drafter, "build": build}
