@@ -2,7 +2,8 @@
 
     python train/train.py --config=configs/train/medusa.py
 
-About 15 minutes on two CPU cores.
+About 15 minutes on two CPU cores. Expect 1.2 and 1.4 tokens per target pass of a chain of 4 at
+temperatures 0 and 1, as the trainer shows while it runs; a wider tree suits Medusa better.
 """
 
 from ml_collections import ConfigDict
