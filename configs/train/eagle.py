@@ -2,7 +2,8 @@
 
     python train/train.py --config=configs/train/eagle.py
 
-About 25 minutes on two CPU cores.
+About 10 minutes on two CPU cores. Expect 1.9 and 1.9 tokens per target pass of a chain of 4 at
+temperatures 0 and 1 after 1M tokens (configs/compare.py).
 """
 
 from ml_collections import ConfigDict

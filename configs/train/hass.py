@@ -2,7 +2,8 @@
 
     python train/train.py --config=configs/train/hass.py
 
-About 45 minutes on two CPU cores.
+About 25 minutes on two CPU cores. Expect 1.6 and 1.7 tokens per target pass of a chain of 4 at
+temperatures 0 and 1 after 1M tokens, --config.num_steps=244 --config.optimizer.learning_rate=0.1.
 """
 
 from ml_collections import ConfigDict

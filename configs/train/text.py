@@ -2,7 +2,8 @@
 
     python train/train.py --config=configs/train/text.py
 
-About half an hour on two CPU cores.
+About half an hour on two CPU cores. Expect 1.6 tokens per target pass of a chain of 4 at
+temperatures 0 and 1 after 1M tokens (configs/compare.py).
 """
 
 from ml_collections import ConfigDict
