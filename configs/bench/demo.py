@@ -9,15 +9,14 @@ wherever the table can tell, and about two tokens per target pass from the draft
 from ml_collections import ConfigDict
 
 GREEDY, SAMPLED = (0.0,), (1.0,)
+HEADS = ("medusa", "hydra", "eagle3")
 NONE = {"call": "specjax.drafters.none.none"}
 LOOKUP = {"call": "specjax.drafters.lookup.lookup", "num_tokens": 4, "ngram": 3}
 MATCH = {"call": "specjax.verifiers.match.match"}
 REJECTION = {"call": "specjax.verifiers.rejection.rejection"}
-# A pass over eight nodes costs hardly more than one over one, see configs/bench/cpu_kernels.py, and
-# heads draft them cheaply: two candidates for the next token, the likelier one followed further.
+# A pass over five nodes costs what one over one does, see configs/bench/cpu_kernels.py. Two
+# candidates for the next token, the likelier one followed further.
 TREE, SAMPLED_TREE = (-1, 0, 0, 1, 3), (-1, 0, 0, 1, 1)
-DEEP, WIDE = (-1, 0, 0, 1, 1, 2, 3, 6), (-1, 0, 0, 0, 1, 1, 2, 4)
-HEADS = {"medusa": WIDE, "hydra": DEEP, "eagle3": DEEP}
 
 
 def chain(choose: str, num_tokens: int = 3) -> dict:
@@ -34,10 +33,10 @@ def tree(choose: str, parents: tuple[int, ...] = TREE) -> dict:
     return {"call": "specjax.drafters.model.model", "draft_model": "@draft", "build": build}
 
 
-def head(name: str, choose: str) -> dict:
+def head(name: str, choose: str, parents: tuple[int, ...]) -> dict:
     """Drafts a tree with the heads of that name."""
     choose = {"call": f"specjax.drafters.grow.{choose}"}
-    build = {"call": "specjax.drafters.grow.static", "parents": HEADS[name], "choose": choose}
+    build = {"call": "specjax.drafters.grow.static", "parents": parents, "choose": choose}
     kind, holds = ("eagle", "head") if name.startswith("eagle") else (name, "heads")
     drafter = {"call": f"specjax.drafters.{kind}.{kind}", "target": "@target", holds: f"@{name}"}
     return {**drafter, "build": build}
@@ -68,13 +67,13 @@ def get_config() -> ConfigDict:
     c.methods["chain"] = method(chain("best", 4), MATCH, GREEDY)
     c.methods["tree"] = method(tree("best"), MATCH, GREEDY)
     for name in HEADS:
-        c.methods[name] = method(head(name, "best"), MATCH, GREEDY)
+        c.methods[name] = method(head(name, "best", TREE), MATCH, GREEDY)
     c.methods["coupled chain"] = method(chain("coupled"), MATCH, SAMPLED)
     c.methods["sampled chain"] = method(chain("without_replacement"), REJECTION, SAMPLED)
     c.methods["sampled tree"] = method(
         tree("without_replacement", SAMPLED_TREE), REJECTION, SAMPLED
     )
     for name in HEADS:
-        drafter = head(name, "without_replacement")
+        drafter = head(name, "without_replacement", SAMPLED_TREE)
         c.methods[f"sampled {name}"] = method(drafter, REJECTION, SAMPLED)
     return c
