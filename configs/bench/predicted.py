@@ -2,7 +2,8 @@
 
     python decode/benchmark.py --config=configs/bench/predicted.py
 
-About 3 minutes on two CPU cores. Every method should reach 90 % of its prediction.
+About 7 minutes on two CPU cores. Expect 80 to 105 % of the prediction, the less the busier the
+machine is.
 """
 
 from ml_collections import ConfigDict
