@@ -2,7 +2,8 @@
 
     python train/train.py --config=configs/train/medusa2.py
 
-About 70 minutes on two CPU cores. Compare it with itself: its target is another one.
+About an hour on two CPU cores. Expect 1.2 and 1.4 tokens per target pass of a chain of 4 at
+temperatures 0 and 1 after half a million tokens; compare it with itself: its target is another one.
 """
 
 from ml_collections import ConfigDict
