@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, EOS_ID, TREE, VOCAB_SIZE, Case, draft_model, target
+from cases import CASES, EOS_ID, SLOW, TREE, VOCAB_SIZE, Case, draft_model, target
 from faults import instead, misreported, without_residual
 
 from specjax import cache as caches
@@ -51,9 +51,11 @@ def parts_of(case: Case) -> Callable[[Pair], Parts]:
     return lambda pair: Parts(case.drafter(), case.params(), case.verifier())
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(x, marks=pytest.mark.xdist_group(x)) for x in CASES]
-)
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.xdist_group(name)] + [pytest.mark.slow] * (name in SLOW)
+
+
+@pytest.fixture(scope="module", params=[pytest.param(x, marks=marks(x)) for x in CASES])
 def program(request: pytest.FixtureRequest) -> Iterator[Program]:
     yield Program(request.param, parts_of(CASES[request.param]))
     engine.decode.clear_cache()
@@ -207,7 +209,13 @@ def test_bfloat16_leaves_the_argmax_loop_by_rounding_only(monkeypatch: pytest.Mo
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("name", ["lookup/rejection", "model chain without_replacement/rejection"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lookup/rejection",
+        pytest.param("model chain without_replacement/rejection", marks=pytest.mark.slow),
+    ],
+)
 def test_eos_only_cuts(name: str) -> None:
     """Where private draws decide, the text up to an EOS is that of a decoder which knows no EOS."""
     case = CASES[name]
@@ -406,6 +414,13 @@ def test_state_shapes_do_not_depend_on_the_tree(kind: str) -> None:
 def test_kinds_have_several_trees() -> None:
     trees = {case.drafter().proposal for case in CASES.values() if case.kind == "model"}
     assert len(trees) > 3
+
+
+def test_quick_cases_have_every_kind_and_verifier() -> None:
+    quick = [case for name, case in CASES.items() if name not in SLOW]
+    assert {case.kind for case in quick} == set(REPRESENTATIVE)
+    assert {case.verifier for case in quick} == {case.verifier for case in CASES.values()}
+    assert len(SLOW) < len(CASES) / 2
 
 
 def names(function: Any) -> list[str]:
