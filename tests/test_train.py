@@ -229,10 +229,14 @@ def test_a_run_stops_at_the_first_step_that_is_not_finite(
 
 def test_a_teacher_cache_trains_as_the_teacher_would(tmp_path: Path, target: str) -> None:
     c = shrunk("draft", tmp_path, target, teacher_cache=300, num_steps=5)
-    trainer.train(c)
     (tmp_path / "live").mkdir()
     live = shrunk("draft", tmp_path / "live", target, num_steps=5)
-    trainer.train(live)
+    initial = save_model(tmp_path / "initial", seed=1)
+    Path(initial, "recipe.json").write_text('{"num_params": 7}')
+    for run in (c, live):
+        run.options.initial = initial
+        trainer.train(run)
+        assert json.loads(Path(run.export, "recipe.json").read_text())["initial"]["num_params"] == 7
     losses = [[r["loss"] for r in curve(x)] for x in (c, live)]
     # Probabilities of the cache are float16, each right to 2^-11, and so is their sum.
     np.testing.assert_allclose(*losses, atol=2**-10)

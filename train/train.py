@@ -268,6 +268,7 @@ def train(c: ConfigDict) -> None:
     if found is None:
         raise ValueError(f"No evaluation in {workdir} gave a finite score; nothing is exported.")
     best_step, best, _ = found
+    earlier = _recipe(initial)  # which the export may replace
     objective.export(c.export, jax.device_get(best), eos_ids=(end_id,), bos_id=end_id)
     tokenizers.save(tokenizer, c.export)
     evaluations = [r for r in history if "score" in r]
@@ -284,12 +285,20 @@ def train(c: ConfigDict) -> None:
         "best": next(r for r in evaluations if r["step"] == best_step),
         "curve": [{k: r[k] for k in shown} for r in evaluations],
     }
+    if earlier:
+        recipe["initial"] = earlier
     Path(c.export, "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
     print(f"Exported step {best_step} to {c.export}: {_shown('', history)}", flush=True)
 
 
 def _cast(params: PyTree, dtype: jnp.dtype) -> PyTree:
     return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def _recipe(directory: str) -> Any:
+    """Of the run that made what is there, or None."""
+    path = Path(directory, "recipe.json")
+    return json.loads(path.read_text()) if directory and path.exists() else None
 
 
 def _documents(spec: Any) -> list[sources.Document]:
