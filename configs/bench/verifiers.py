@@ -3,11 +3,11 @@
     python decode/benchmark.py --config=configs/bench/verifiers.py
 
 About 17 minutes on two CPU cores. Expect more tokens per pass than rejection from block
-on chains of 3, 5 and 8 (.10, .23 and .44 more), from traversal on every tree (.18 to .26), from gbv
-on paths (.25) and from hybrid on its own drafts (.09), each by more than the interval; and the
-first token of both chains of 5 accepted as often as its formula says. kseq gains on paths (.12) but
-loses on siblings (.15): it accepts one of them more often, yet has no preference for the eldest,
-which here has the most below it.
+on chains of 5 and 8 (.20 and .36 more), from traversal on every tree (.12 to .24), from gbv on
+paths (.32) and from hybrid on its own drafts (.07), each by more than the interval, which chains of
+3 (.04) stay within; and the first token of both chains of 5 accepted as often as its formula says.
+kseq gains on paths (.08) but loses on siblings (.18): it accepts one of them more often, yet has no
+preference for the eldest, which here has the most below it.
 """
 
 from ml_collections import ConfigDict
