@@ -278,6 +278,16 @@ def test_a_foreign_tokenizer_is_refused(tmp_path: Path, target: str) -> None:
         trainer.train(shrunk("draft", tmp_path, other))
 
 
+def test_a_broken_recipe_is_found_before_training(tmp_path: Path, target: str) -> None:
+    initial = save_model(tmp_path / "initial", seed=1)
+    Path(initial, "recipe.json").write_text('{"num_params": ')
+    c = shrunk("draft", tmp_path, target)
+    c.options.initial = initial
+    with pytest.raises(ValueError, match=r"initial/recipe.json is not valid JSON .*; need a JSON"):
+        trainer.train(c)
+    assert not Path(c.workdir, "checkpoints").exists()
+
+
 def test_matmul_flops_count_every_round_of_a_loop() -> None:
     x, w = jnp.ones((8, 16)), jnp.ones((16, 32))
     product = 2 * 8 * 16 * 32

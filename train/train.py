@@ -28,7 +28,7 @@ from specjax import checkpointing, evaluation, optimizers, scripts, sharding
 from specjax.build import build, function
 from specjax.data import batches, generated, rows, sources, tokenizers
 from specjax.data.feed import Writer, feed
-from specjax.models import hf
+from specjax.models import hf, hf_config
 from specjax.models.transformer import num_params, transformer
 from specjax.objectives import Batch, Objective
 from specjax.timing import matmul_flops, matmul_peak
@@ -61,6 +61,9 @@ def train(c: ConfigDict) -> None:
     initial = c.options.get("initial", "")
     if c.target and initial:
         hf.check_same_tokens(c.target, initial)
+    earlier = Path(initial, "recipe.json")
+    # Read now: the export may replace it, and a mistake in it must not cost a run.
+    earlier_recipe = hf_config.read_json(earlier) if initial and earlier.exists() else None
     if named := c.target or initial:
         owner = checkpoint or hf.load(initial)
         if not owner.eos_ids:
@@ -268,7 +271,6 @@ def train(c: ConfigDict) -> None:
     if found is None:
         raise ValueError(f"No evaluation in {workdir} gave a finite score; nothing is exported.")
     best_step, best, _ = found
-    earlier = _recipe(initial)  # which the export may replace
     objective.export(c.export, jax.device_get(best), eos_ids=(end_id,), bos_id=end_id)
     tokenizers.save(tokenizer, c.export)
     evaluations = [r for r in history if "score" in r]
@@ -285,20 +287,14 @@ def train(c: ConfigDict) -> None:
         "best": next(r for r in evaluations if r["step"] == best_step),
         "curve": [{k: r[k] for k in shown} for r in evaluations],
     }
-    if earlier:
-        recipe["initial"] = earlier
-    Path(c.export, "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+    if earlier_recipe:
+        recipe["initial"] = earlier_recipe
+    hf_config.write_json(Path(c.export, "recipe.json"), recipe)
     print(f"Exported step {best_step} to {c.export}: {_shown('', history)}", flush=True)
 
 
 def _cast(params: PyTree, dtype: jnp.dtype) -> PyTree:
     return jax.tree.map(lambda x: x.astype(dtype), params)
-
-
-def _recipe(directory: str) -> Any:
-    """Of the run that made what is there, or None."""
-    path = Path(directory, "recipe.json")
-    return json.loads(path.read_text()) if directory and path.exists() else None
 
 
 def _documents(spec: Any) -> list[sources.Document]:
