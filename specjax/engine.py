@@ -116,6 +116,9 @@ def decoder(
         count = caches.tie(count, output.features)
         path = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         verdict = Verdict(path, count, _last(tokens, count))
+        # What follows is garbage, from which nobody may learn: it belongs to no tree.
+        given = path < num_tokens[:, None]
+        draft = dataclasses.replace(draft, parents=jnp.where(given, draft.parents, -1))
         state = absorb(params, state, Outcome(draft, output, verdict), block, tokens)
         full = state.context.length >= _end(state.context)
         return dataclasses.replace(state, done=jnp.where(count > 0, full, state.done))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from specjax.types import Array, Context, Draft
 
@@ -52,6 +53,60 @@ def deepest(agrees: Array, mask: Array, depth: int) -> tuple[Array, Array, Array
     at = (depth_of[:, None, :] == jnp.arange(depth + 1)[:, None]) & ancestors[:, None, :]
     path = (at * jnp.arange(mask.shape[-1])).sum(-1, dtype=jnp.int32)
     return last, path, ancestors.sum(-1, dtype=jnp.int32)
+
+
+def locate(draft: Draft, tokens: Array, tree: "Topology") -> Array:
+    """Finds the nodes of a tree inside a draft: those of equal strings.
+
+    A drafter may observe another's draft; what it knows of its own nodes it finds so.
+
+    Args:
+        draft: any, rooted where the tree is.
+        tokens: [B, M] int32, the tree's.
+        tree: of M nodes.
+
+    Returns:
+        [B, M] int32, the first node of the draft that spells what the tree's node does; -1 where
+        there is none, 0 at the root.
+    """
+    ways = np.zeros((len(tree.parents), tree.depth + 1), np.int64)  # node by depth, 0 beyond
+    for node, ancestors in enumerate(tree.mask):
+        ways[node, : tree.depth_of[node] + 1] = np.flatnonzero(ancestors)
+    depth = np.arange(tree.depth + 1)
+    mask = ancestor_mask(draft.parents)
+    depth_of = depths(mask)  # [B, N]
+    at = mask[:, :, None] & (depth_of[:, None, None] == depth[:, None])  # [B, N, P, N]
+    theirs = (at * draft.tokens[:, None, None]).sum(-1)  # [B, N, P], the string of every node
+    same = (tokens[:, ways][:, :, None] == theirs[:, None]) | (depth > tree.depth_of[:, None])[
+        :, None
+    ]
+    same = same.all(-1) & (depth_of[:, None] == tree.depth_of[:, None])  # [B, M, N]
+    found = jnp.where(same.any(-1), jnp.argmax(same, -1), -1).astype(jnp.int32)
+    return found.at[:, 0].set(0)
+
+
+def best_subtree(
+    tokens: Array, parents: Array, values: Array, num_nodes: int
+) -> tuple[Array, Array, Array]:
+    """The best nodes of a tree, a tree again.
+
+    Args:
+        tokens: [B, C] int32, of candidates; the first is the root.
+        parents: [B, C] int32, places of candidates, before their children's; any at the root.
+        values: [B, C]; no child surpasses its parent.
+        num_nodes: N, how many stay, the root included.
+
+    Returns:
+        The tokens, parents and values of those that stay, [B, N] each, the best first.
+    """
+    # Nothing surpasses the root. Equals keep their order, so that parents precede their children.
+    values = values.at[:, 0].set(jnp.inf)
+    values, kept = lax.top_k(values, num_nodes)
+    parent = jnp.take_along_axis(parents, kept, 1)
+    node = jnp.arange(num_nodes, dtype=jnp.int32)
+    is_parent = kept[:, None, :] == parent[:, :, None]
+    parent = jnp.where(node == 0, -1, (is_parent * node).sum(-1, dtype=jnp.int32))
+    return jnp.take_along_axis(tokens, kept, 1), parent, values
 
 
 def root(context: Context) -> Array:

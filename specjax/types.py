@@ -71,7 +71,8 @@ class Draft:
     nodes is a one-hot row. The root's row is ignored. Siblings are tried in storage order.
 
     A node that has nothing to say is a *filler*: any token, with a one-hot law. `num_drafted`
-    counts the others and feeds statistics only.
+    counts the others and feeds statistics only. A draft that `force` made of fewer tokens than it
+    has nodes has parent -1 at the others, too: they are in no tree.
     """
 
     tokens: Array  # [B, N] int32

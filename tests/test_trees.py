@@ -115,3 +115,26 @@ def test_root_is_the_pending_token() -> None:
         sampling=sampling(2),
     )
     np.testing.assert_array_equal(trees.root(context), [[5], [7]])
+
+
+@pytest.mark.parametrize("own", [(-1, 0, 1, 2), (-1, 0, 0, 1, 1, 2, 4), (-1,)])
+def test_nodes_are_located_by_their_strings(own: tuple[int, ...]) -> None:
+    """In drafts of other shapes, duplicates and nodes of no tree included."""
+    rng = np.random.default_rng(len(own))
+    n, m, tree = 9, len(own), trees.topology(own)
+    parents = np.stack([random_parents(rng, n) for _ in range(NUM_TREES)])
+    parents[:, -1] = np.where(rng.random(NUM_TREES) < 0.3, -1, parents[:, -1])
+    tokens = rng.integers(0, 2, (NUM_TREES, n)).astype(np.int32)
+    mine = rng.integers(0, 2, (NUM_TREES, m)).astype(np.int32)
+    mine[:, 0] = tokens[:, 0]
+    draft = Draft(
+        jnp.asarray(tokens), jnp.asarray(parents), None, jnp.zeros(NUM_TREES), depth=n - 1
+    )
+    found = np.asarray(trees.locate(draft, jnp.asarray(mine), tree))
+    for t in range(NUM_TREES):
+        spelt = [[tokens[t, i] for i in ancestors(parents[t], j)] for j in range(n)]
+        in_tree = [0 in ancestors(parents[t], j) for j in range(n)]
+        for i in range(m):
+            string = [mine[t, j] for j in ancestors(tree.parents, i)]
+            equal = [j for j in range(n) if spelt[j] == string and in_tree[j]]
+            assert found[t, i] == (equal[0] if equal else -1)

@@ -156,9 +156,9 @@ def dynamic(num_nodes: int, width: int, depth: int) -> Builder:
         if width > vocab_size:
             raise ValueError(f"Width {width} exceeds the draft's vocabulary of {vocab_size}.")
         logits = logits[:, None]
-        # All candidates, the root first, which nothing surpasses; parents by their places here.
+        # All candidates, the root first; parents by their places here.
         tokens, parents = [trees.root(context)], [jnp.zeros((b, 1), jnp.int32)]
-        values = [jnp.full((b, 1), jnp.inf)]
+        values = [jnp.zeros((b, 1))]
         # Of the nodes fed last: place, value, and their ancestors among all fed below the root.
         fed, value_of, seen = parents[0], jnp.zeros((b, 1)), jnp.zeros((b, 1, 0), bool)
         num_candidates = 1
@@ -177,15 +177,11 @@ def dynamic(num_nodes: int, width: int, depth: int) -> Builder:
                 chosen = jnp.take_along_axis(found, best, 1)
                 logits, carry = expand(carry, chosen, parent, seen, level)
             num_candidates += found.shape[1]
-        # No child surpasses its parent, which precedes it, and equals keep their order: the best
-        # are a tree whose parents precede their children.
-        _, kept = lax.top_k(jnp.concatenate(values, 1), num_nodes)
-        parent = jnp.take_along_axis(jnp.concatenate(parents, 1), kept, 1)
-        is_parent = kept[:, None, :] == parent[:, :, None]
-        node = jnp.arange(num_nodes, dtype=jnp.int32)
+        found, above, value = (jnp.concatenate(x, 1) for x in (tokens, parents, values))
+        found, above, _ = trees.best_subtree(found, above, value, num_nodes)
         return Draft(
-            tokens=jnp.take_along_axis(jnp.concatenate(tokens, 1), kept, 1),
-            parents=jnp.where(node == 0, -1, (is_parent * node).sum(-1)),
+            tokens=found,
+            parents=above,
             probs=None,
             num_drafted=jnp.full([b], num_nodes - 1, jnp.int32),
             depth=depth,
