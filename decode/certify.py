@@ -202,7 +202,7 @@ def _method(c: ConfigDict, name: str, spec: Any) -> Method:
         "num_nodes": drafter.proposal.num_nodes,
         "depth": drafter.proposal.depth,
     }
-    return Method(factory, about, 6 + verifier.drafter_invariant + bool(c.bfloat16))
+    return Method(factory, about, 7 + verifier.drafter_invariant + bool(c.bfloat16))
 
 
 def _declares(verifier: Verifier, proposal: str) -> bool:

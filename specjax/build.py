@@ -18,7 +18,8 @@ def build(spec: Any, **given: Any) -> Any:
     """Builds what a config describes.
 
     A mapping with an entry `call` is that function's result for its other entries, built first.
-    Text such as "@draft" stands for `given["draft"]`. Anything else stands for itself.
+    Text such as "@draft" stands for `given["draft"]`. Of lists and tuples every entry is built.
+    Anything else stands for itself.
 
     Raises:
         ValueError: a function that does not exist or does not take these arguments, text that
@@ -29,6 +30,8 @@ def build(spec: Any, **given: Any) -> Any:
         if value is None:
             raise ValueError(f"The config needs a {spec[1:]}, but none was given.")
         return value
+    if isinstance(spec, (list, tuple)):
+        return tuple(build(entry, **given) for entry in spec)
     if not isinstance(spec, _MAPPINGS) or "call" not in spec:
         return spec
     named = function(spec["call"])
@@ -60,6 +63,8 @@ def mentions(spec: Any, name: str) -> bool:
     """Whether "@name" occurs in a spec."""
     if isinstance(spec, _MAPPINGS):
         return any(mentions(value, name) for value in spec.values())
+    if isinstance(spec, (list, tuple)):
+        return any(mentions(entry, name) for entry in spec)
     return spec == f"@{name}"
 
 

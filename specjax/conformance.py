@@ -16,7 +16,8 @@ import numpy as np
 
 from specjax import engine, testing
 from specjax.enumeration import history
-from specjax.laboratory import Check, Factory, build_decoder, checked, transformer_pair
+from specjax.interruption import MOST, RECOVERY, InterruptedState, Interruptible, interruptible
+from specjax.laboratory import Check, Factory, Parts, build_decoder, checked, transformer_pair
 from specjax.models.transformer import forward
 from specjax.sampling import sampling
 from specjax.types import Array, Cache, Decoder, DecodeState, Params, Sampling
@@ -49,6 +50,7 @@ class Result(NamedTuple):
     done: np.ndarray  # [B]
     num_steps: np.ndarray  # [B]
     caches: list[Cache]  # the target's, then the drafter's
+    interrupted: InterruptedState  # without the drafter's own
 
     def row(self, b: int) -> tuple:
         """All that row b's owner can see."""
@@ -61,7 +63,10 @@ class Program:
     def __init__(self, name: str, factory: Factory, eos_ids: tuple[int, ...] = (EOS_ID,)) -> None:
         self.name, self.pair = name, transformer_pair()
         self.parts = factory(self.pair)
-        decoder, self.params = build_decoder(lambda _: self.parts, self.pair, eos_ids)
+        # One program with foreign drafts and without.
+        drafter, weights, verifier = self.parts
+        parts = Parts(interruptible(drafter), Interruptible(weights, jnp.int32(0)), verifier)
+        decoder, self.params = build_decoder(lambda _: parts, self.pair, eos_ids)
         self.num_traces = 0
         self.decoder: Decoder = decoder._replace(step=self._counted(decoder))
 
@@ -99,6 +104,7 @@ def _result(state: DecodeState) -> Result:
         np.asarray(state.done),
         np.asarray(state.num_steps),
         caches,
+        jax.tree.map(np.asarray, state.drafter.replace(own=())),
     )
 
 
@@ -315,6 +321,46 @@ def row_independence(program: Program) -> Check:
         return different == 0, verdict, {"different": different, "compared": compared}
 
     return checked("rows", run)
+
+
+def foreign_drafts(program: Program) -> Check:
+    """After steps that judged others' drafts, caches are right and own drafts accepted as before.
+
+    The same rows with `MOST` foreign drafts at the start and without any; steps from
+    `MOST + RECOVERY` on are compared, row by row, with an error of four standard deviations.
+    """
+
+    def run() -> tuple[bool, str, dict[str, Any]]:
+        weights = program.params.drafter._replace(interruptions=jnp.int32(MOST))
+        batch = scenario(program.pair.target.vocab_size)
+        disturbed = program.decode(batch, program.params._replace(drafter=weights))
+        figures: dict[str, Any] = {}
+        wrong, differ = "", np.zeros(ROWS, bool)
+        if program.parts.verifier.drafter_invariant:
+            differ = (disturbed.length != program.result.length) | (
+                history(disturbed.tokens, disturbed.length, 1)
+                != history(program.result.tokens, program.result.length, 1)
+            ).any(1)
+            figures["different"] = int(differ.sum())
+        rates, errors = [], []
+        for result in (program.result, disturbed):
+            steps, gained = result.interrupted.counted, result.interrupted.gained
+            if not steps.sum():
+                return True, "rows are too short to tell", figures
+            rate = gained.sum() / steps.sum()
+            rates.append(float(rate))
+            errors.append(float(((gained - rate * steps) ** 2).sum()) ** 0.5 / steps.sum())
+        lost, error = rates[0] - rates[1], float(np.hypot(*errors))
+        figures |= {"undisturbed": rates[0], "disturbed": rates[1], "error": error}
+        if differ.any():
+            wrong = f"{int(differ.sum())} of {ROWS} rows differ; "
+        verdict = (
+            f"{wrong}{rates[1]:.3f} tokens per step from the step {RECOVERY + 1} after foreign "
+            f"drafts on, {rates[0]:.3f} without"
+        )
+        return not wrong and lost <= 4 * error, verdict, figures
+
+    return checked("foreign drafts", run)
 
 
 def ends(program: Program) -> Check:

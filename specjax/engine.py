@@ -160,7 +160,15 @@ def decoder(
         )
         return dataclasses.replace(state, done=state.done | ended), info
 
-    return Decoder(init, force, step, drafter.proposal, verifier.lossless)
+    return Decoder(
+        init,
+        force,
+        step,
+        drafter.proposal,
+        verifier.lossless,
+        target.vocab_size,
+        verifier.drafter_invariant,
+    )
 
 
 def _end(context: Context) -> Array:

@@ -11,6 +11,7 @@ through every check and returns a `Certificate`:
     greedy          at temperature 0 the tokens of an uncached argmax loop, bit for bit
     invariance      where the verifier promises it, sampled tokens are plain sampling's, bit for bit
     rows            a row's text does not depend on its place and its neighbours
+    foreign drafts  having judged others' drafts, the same text, and as many tokens per step
     ends            EOS, limits and full buffers cut texts where they should
     caches          after decoding, what a fresh prefill of the text would have cached
     bfloat16        by how much the target preferred its own token where bfloat16 first differs
@@ -85,6 +86,7 @@ def certify(
     if program.parts.verifier.drafter_invariant:
         yield conformance.invariance(program)
     yield conformance.row_independence(program)
+    yield conformance.foreign_drafts(program)
     yield conformance.ends(program)
     yield conformance.cached_history(program)
     if bfloat16:

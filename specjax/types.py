@@ -187,6 +187,18 @@ class Params(NamedTuple):
 # ----------------------------------------------------------------------------- who does what
 
 
+class Stack(NamedTuple):
+    """What a model of attention layers offers besides, to drafts that are a part of it."""
+
+    num_layers: int  # L
+    only: Callable  # (layers) -> Model of these, with the same params and a cache of their own
+    gated: Callable  # (gates [L] bool, *arguments of `apply`) -> what `apply` returns; layers whose
+    #                  gate is false hand on their input
+    attention: Callable  # (params, tokens [B,N], positions [B,N], mask [B,N,N], cache)
+    #                      -> L arrays [B, K, S] float32, the weight that these tokens' queries lay
+    #                      on each of the cache's slots, summed over both
+
+
 class Model(NamedTuple):
     """Pure functions over a tree of parameters; the cache is an argument, never hidden state."""
 
@@ -200,6 +212,7 @@ class Model(NamedTuple):
     vocab_size: int
     hidden_size: int = 0  # E, of `embed` and of the features' first part
     feature_layers: tuple[int, ...] = ()  # whose input residuals, E wide each, follow in features
+    stack: Stack | None = None  # of a model that has layers to choose from
 
 
 LAWS = ("point", "chain", "paths", "siblings", "hybrid", "general", "coupled")
@@ -254,3 +267,5 @@ class Decoder(NamedTuple):
     step: Callable  # (params, state) -> (DecodeState, StepInfo)
     proposal: Proposal
     lossless: bool
+    vocab_size: int
+    drafter_invariant: bool  # its tokens are drawn from the shared noise

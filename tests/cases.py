@@ -6,20 +6,30 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from specjax import engine
 from specjax.conformance import EOS_ID as EOS_ID
 from specjax.drafters import grow
+from specjax.drafters.cascade import cascade
+from specjax.drafters.combine import alternate, combine
 from specjax.drafters.eagle import eagle
+from specjax.drafters.horizontal import horizontal
 from specjax.drafters.hydra import hydra
-from specjax.drafters.lookup import lookup
+from specjax.drafters.layer_skip import layer_skip
+from specjax.drafters.corpus import Corpus, corpus
+from specjax.drafters.lookup import lookup, reference
 from specjax.drafters.medusa import medusa
 from specjax.drafters.model import model
 from specjax.drafters.none import none
+from specjax.drafters.quantized import int8, quantized
+from specjax.drafters.retrieval import retrieval
+from specjax.drafters.sparse import View, snapkv, sparse, streaming
+from specjax.drafters.suffix import suffix
 from specjax.laboratory import transformer_pair
 from specjax.models.eagle import EagleHead, eagle3_head, eagle_head
 from specjax.models.hydra import HydraHeads, hydra_heads
 from specjax.models.medusa import MedusaHeads, medusa_heads
 from specjax.models.transformer import TransformerConfig
-from specjax.types import Drafter, Model, PyTree, Verifier
+from specjax.types import Drafter, Model, Params, PyTree, Verifier
 from specjax.verifiers.block import block
 from specjax.verifiers.gbv import gbv
 from specjax.verifiers.hybrid import hybrid
@@ -137,3 +147,102 @@ CASES |= {
         eagle, EAGLE3_OF_THREE, "chain without_replacement", rejection, "eagle3"
     ),
 }
+
+# --------------------------------------------------------------------------- out of documents
+
+
+def documents() -> Corpus:
+    """Three of them, random."""
+    rng = np.random.default_rng(5)
+    return corpus([rng.integers(0, VOCAB_SIZE, n) for n in (30, 1, 20)], VOCAB_SIZE, capacity=64)
+
+
+CASES |= {
+    "reference/match": Case(lambda: reference(3), match, documents, "reference"),
+    "retrieval/match": Case(
+        lambda: retrieval(7, 3, longest=4, shortest=1, num_matches=6, vocab_size=VOCAB_SIZE),
+        match,
+        documents,
+        "retrieval",
+    ),
+    "suffix/match": Case(
+        lambda: suffix(7, 3, longest=4, factor=2, num_matches=4), match, documents, "suffix"
+    ),
+}
+
+# ------------------------------------------------------------------------ with the target itself
+
+
+def skipping(build: str, verifier: Callable[[], Verifier]) -> Case:
+    return Case(
+        lambda: layer_skip(target()[0], (0,), BUILDERS[build][0]), verifier, nothing, "layer_skip"
+    )
+
+
+def viewing(view: Callable[[Model], View], build: str, verifier: Callable[[], Verifier]) -> Case:
+    return Case(
+        lambda: sparse(target()[0], view, BUILDERS[build][0]),
+        verifier,
+        nothing,
+        f"sparse {'streaming' if view is STREAMING else 'snapkv'}",
+    )
+
+
+STREAMING, SNAPKV = streaming(1, 3), snapkv(budget=3, window=2, refresh=3, pool=3)
+CASES |= {
+    "layer_skip chain coupled/match": skipping("chain coupled", match),
+    "layer_skip chain without_replacement/block": skipping("chain without_replacement", block),
+    "sparse streaming tree without_replacement/rejection": viewing(
+        STREAMING, "tree without_replacement", rejection
+    ),
+    "sparse snapkv tree best/match": viewing(SNAPKV, "tree best", match),
+    "quantized chain coupled/match": Case(
+        lambda: quantized(target()[0], BUILDERS["chain coupled"][0]),
+        match,
+        lambda: int8(target()[1]),
+        "quantized",
+    ),
+}
+SLOW.add("layer_skip chain without_replacement/block")
+
+# ---------------------------------------------------------------------------- several in one
+
+
+def drafted_by_a_cascade(choose: grow.Choose, verifier: Callable[[], Verifier]) -> Drafter:
+    """The draft model, decoded with lookup or by itself in front of it."""
+    small = draft_model()[0]
+    inner = engine.decoder(small, model(small, grow.chain(2, choose)), verifier())
+    return cascade(inner, 3)
+
+
+def both() -> tuple[Drafter, Drafter]:
+    return lookup(2), independent_model(BUILDERS["tree without_replacement"][0])()
+
+
+def of_cascade() -> PyTree:
+    return Params(draft_model()[1], draft_model()[1])
+
+
+def of_second() -> PyTree:
+    return (), draft_model()[1]
+
+
+CASES |= {
+    "cascade of coupled match/match": Case(
+        lambda: drafted_by_a_cascade(grow.coupled(), match), match, of_cascade, "cascade"
+    ),
+    "cascade of rejection/block": Case(
+        lambda: drafted_by_a_cascade(WOR, rejection), block, of_cascade, "cascade"
+    ),
+    "combine/rejection": Case(lambda: combine(both()), rejection, of_second, "combine"),
+    "alternate/traversal": Case(lambda: alternate(1, both()), traversal, of_second, "combine"),
+    "horizontal/block": Case(
+        lambda: horizontal(
+            independent_model(BUILDERS["chain without_replacement"][0])(), lookup(2)
+        ),
+        block,
+        lambda: (draft_model()[1], ()),
+        "horizontal",
+    ),
+}
+SLOW |= {"cascade of coupled match/match", "alternate/traversal"}

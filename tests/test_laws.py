@@ -164,6 +164,12 @@ def test_rows_are_independent(program: Program) -> None:
     assert passes(conformance.row_independence(program))["compared"] > ROWS // 2
 
 
+def test_foreign_drafts_leave_no_trace(program: Program) -> None:
+    """Every drafter may be one of several: what it observes need not be its own."""
+    check = conformance.foreign_drafts(program)
+    assert {"undisturbed", "disturbed"} <= set(passes(check)), check.verdict
+
+
 def test_caches_hold_what_a_prefill_would(program: Program) -> None:
     assert passes(conformance.cached_history(program))["rows"] > 100
 
@@ -331,7 +337,8 @@ def test_one_trace_serves_all_requests(program: Program) -> None:
         rng.integers(1, WIDTH + 1, ROWS).astype(np.int32),
         rng.integers(1, SLOTS, ROWS).astype(np.int32),
     )
-    params = jax.block_until_ready(jax.tree.map(lambda x: x * 1.1, program.params))
+    other_weights = jax.tree.map(lambda x: (x * 1.1).astype(x.dtype), program.params)
+    params = jax.block_until_ready(other_weights)
     compiled: list[str] = []
 
     def listen(event: str, seconds: float, **_: Any) -> None:

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specjax.kernels.attention import attend
-from specjax.kernels.linear import RMSNorm, gated, linear, linears
+from specjax.kernels.attention import attend, rotate
+from specjax.kernels.linear import Int8, RMSNorm, Weights, gated, linear, linears
 from specjax.types import Array
 
 
@@ -46,8 +46,11 @@ def rotation(positions: Array, frequencies: np.ndarray) -> tuple[Array, Array]:
 FEW_TOKENS = 16
 
 
-def embed(table: Array, tokens: Array) -> Array:
+def embed(table: Weights, tokens: Array) -> Array:
     """Rows of a table [V, E] for tokens [B, N], [B, N, E]."""
+    if isinstance(table, Int8):
+        scales = embed(table.scales[:, None], tokens)
+        return embed(table.values, tokens).astype(scales.dtype) * scales
     if tokens.size > FEW_TOKENS:
         return table[tokens]
     # XLA on CPU weighs a gather by its whole table and wakes threads for it; slices it just copies.
@@ -101,10 +104,46 @@ class Attention(nn.Module):
             for name, number in (("q_proj", self.num_heads), ("k_proj", k), ("v_proj", k))
         )
         queries, keys, values = (y.reshape(b, n, -1, h) for y in linears(x, projections, norm))
+        self.sow("intermediates", "queries", queries)  # costs nothing unless asked for
         out, keys, values = attend(queries, keys, values, cos, sin, mask, prefix, block)
         out = out.reshape(b, n, self.num_heads * h)
         o_proj = weight("o_proj", residual.shape[-1], self.num_heads * h, self.out_std)
         return linear(out, o_proj, residual=residual), keys, values
+
+
+def attention_weight(
+    queries: Array, cos: Array, sin: Array, mask: Array, prefix: tuple[Array, Array], block: Array
+) -> Array:
+    """How much of the attention of some tokens falls on each slot of the prefix.
+
+    Args:
+        queries: [B, N, Q, H], before rotation.
+        cos, sin: [B, N, H / 2] float32.
+        mask: [B, N, N] bool, which of the new tokens each one sees.
+        prefix: keys [B, K, S, H] and the number of slots in use [B] int32.
+        block: keys [B, K, N, H] of the new tokens.
+
+    Returns:
+        [B, K, S] float32, summed over the tokens and the queries that share a key; 0 beyond the
+        prefix.
+    """
+    b, n, _, h = queries.shape
+    keys, length = prefix
+    q = rotate(queries.astype(jnp.float32), cos, sin) * h**-0.5
+    q = q.reshape(b, n, block.shape[1], -1, h).transpose(0, 2, 3, 1, 4)  # [B, K, G, N, H]
+
+    def scores(keys: Array) -> Array:
+        return jnp.einsum("bkgnh,bksh->bkgns", q, keys.astype(jnp.float32))
+
+    seen = jnp.arange(keys.shape[2], dtype=jnp.int32) < length[:, None]
+    before = jnp.where(seen[:, None, None, None], scores(keys), -jnp.inf)
+    among = jnp.where(mask[:, None, None], scores(block), -jnp.inf)
+    peak = jnp.maximum(
+        before.max(-1, keepdims=True, initial=-jnp.inf), among.max(-1, keepdims=True)
+    )
+    before, among = jnp.exp(before - peak), jnp.exp(among - peak)
+    total = before.sum(-1, keepdims=True) + among.sum(-1, keepdims=True)
+    return (before / total).sum((2, 3))
 
 
 class GatedMLP(nn.Module):

@@ -1,5 +1,7 @@
 """The Llama 2/3 family as a `Model`."""
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 from specjax import cache as caches
 from specjax.kernels.linear import RMSNorm, linear
 from specjax.models import layers
-from specjax.types import Array, Block, Cache, Model, ModelOutput, PyTree
+from specjax.types import Array, Block, Cache, Model, ModelOutput, PyTree, Stack
 
 
 @struct.dataclass
@@ -69,6 +71,7 @@ class Transformer(nn.Module):
     dtype: jnp.dtype
     feature_layers: tuple[int, ...] = ()
     remat: bool = False
+    only: tuple[int, ...] | None = None  # these layers; by default all
 
     @nn.compact
     def __call__(
@@ -78,6 +81,7 @@ class Transformer(nn.Module):
         mask: Array,
         cache: Cache,
         block: Block | None = None,
+        gates: Array | None = None,  # [L] bool
     ) -> tuple[ModelOutput, Block]:
         c, normal = self.config, nn.initializers.normal(0.02)
         embedding = self.param("embed_tokens", normal, (c.vocab_size, c.hidden_size), self.dtype)
@@ -90,16 +94,18 @@ class Transformer(nn.Module):
         x = layers.embed(embedding, tokens).astype(self.dtype)
         keys, values, residuals = [], [], []
         layer_of: Any = nn.remat(DecoderLayer) if self.remat else DecoderLayer
-        for i in range(c.num_layers):
+        for place, i in enumerate(range(c.num_layers) if self.only is None else self.only):
             residuals.append(x)
             x, k, v = layer_of(c, self.dtype, name=f"layers_{i}")(
                 x,
                 cos,
                 sin,
                 mask,
-                (cache.keys[i], cache.values[i], cache.length),
-                None if block is None else (block.keys[i], block.values[i]),
+                (cache.keys[place], cache.values[place], cache.length),
+                None if block is None else (block.keys[place], block.values[place]),
             )
+            if gates is not None:
+                x = jnp.where(gates[place], x, residuals[-1])
             keys.append(k)
             values.append(v)
         norm = layers.Norm(c.rms_norm_eps, self.dtype, name="norm")(c.hidden_size)
@@ -155,20 +161,23 @@ def transformer(
         mask = jnp.ones((1, 1, 1), bool)
         return module.init(rng_key, token, token, mask, init_cache(1, 0))["params"]
 
-    def init_cache(batch_size: int, max_length: int) -> Cache:
+    def init_cache(batch_size: int, max_length: int, num_layers: int = c.num_layers) -> Cache:
         shape = (batch_size, c.num_kv_heads, max_length, c.head_dim)
-        return caches.empty(c.num_layers, shape, cache_dtype or dtype)
+        return caches.empty(num_layers, shape, cache_dtype or dtype)
 
-    def apply(
-        params: PyTree,
-        tokens: Array,
-        positions: Array,
-        mask: Array,
-        cache: Cache,
-        block: Block | None = None,
-    ) -> tuple[ModelOutput, Block]:
-        outputs: Any = module.apply({"params": params}, tokens, positions, mask, cache, block)
-        return outputs
+    def applying(module: Transformer) -> Callable:
+        def apply(
+            params: PyTree,
+            tokens: Array,
+            positions: Array,
+            mask: Array,
+            cache: Cache,
+            block: Block | None = None,
+        ) -> tuple[ModelOutput, Block]:
+            outputs: Any = module.apply({"params": params}, tokens, positions, mask, cache, block)
+            return outputs
+
+        return apply
 
     def embed(params: PyTree, tokens: Array) -> Array:
         return layers.embed(params["embed_tokens"], tokens).astype(dtype)
@@ -177,9 +186,64 @@ def transformer(
         head = params["embed_tokens" if c.tie_embeddings else "lm_head"]
         return linear(hidden, head, jnp.float32)
 
-    return Model(
-        init, init_cache, apply, embed, unembed, c.vocab_size, c.hidden_size, tuple(feature_layers)
+    def only(which: Sequence[int]) -> Model:
+        chosen = tuple(int(layer) for layer in which)
+        exist = chosen and chosen[0] >= 0 and chosen[-1] < c.num_layers
+        if not exist or list(chosen) != sorted(set(chosen)):
+            raise ValueError(
+                f"Layers {chosen} were chosen; need one at least, in order, of the model's 0 to "
+                f"{c.num_layers - 1}."
+            )
+        return whole._replace(
+            init_cache=partial(init_cache, num_layers=len(chosen)),
+            apply=applying(Transformer(config, dtype, (), remat, chosen)),
+            feature_layers=(),
+            stack=None,
+        )
+
+    def gated(
+        gates: Array,
+        params: PyTree,
+        tokens: Array,
+        positions: Array,
+        mask: Array,
+        cache: Cache,
+        block: Block | None = None,
+    ) -> tuple[ModelOutput, Block]:
+        of_model = {"params": params}
+        outputs: Any = module.apply(of_model, tokens, positions, mask, cache, block, gates)
+        return outputs
+
+    def attention(
+        params: PyTree, tokens: Array, positions: Array, mask: Array, cache: Cache
+    ) -> tuple[Array, ...]:
+        of_model = {"params": params}
+        outputs: Any = module.apply(
+            of_model, tokens, positions, mask, cache, mutable=["intermediates"]
+        )
+        (_, block), aside = outputs
+        frequencies = layers.rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+        cos, sin = layers.rotation(positions, frequencies)
+
+        def weight(i: int) -> Array:
+            (queries,) = aside["intermediates"][f"layers_{i}"]["self_attn"]["queries"]
+            prefix = cache.keys[i], cache.length
+            return layers.attention_weight(queries, cos, sin, mask, prefix, block.keys[i])
+
+        return tuple(map(weight, range(c.num_layers)))
+
+    whole = Model(
+        init,
+        init_cache,
+        applying(module),
+        embed,
+        unembed,
+        c.vocab_size,
+        c.hidden_size,
+        tuple(feature_layers),
+        Stack(c.num_layers, only, gated, attention),
     )
+    return whole
 
 
 def forward(model: Model, params: PyTree, tokens: Array) -> ModelOutput:
