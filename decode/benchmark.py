@@ -69,7 +69,7 @@ def run(c: ConfigDict) -> list[dict[str, Any]]:
         )
     for temperature in c.temperatures:
         sampling.sampling(1, temperature)  # refuses what is out of range
-    specs = [method.get("drafter") for method in c.methods.values()]
+    specs = [method.get(part) for method in c.methods.values() for part in ("drafter", "weights")]
     drafts = {n: path for n, path in c.drafts.items() if any(mentions(spec, n) for spec in specs)}
     models = checkpoints.load(c.target, drafts, c.dtype, c.cache_dtype)
     if c.prompts:
@@ -165,7 +165,9 @@ def _engine_method(
     decoder = engine.decoder(models.target, drafter, verifier, eos_ids=models.eos_ids)
     law, num_nodes, depth = decoder.proposal
     formula = _formula(name, spec, decoder.proposal)
-    params = checkpoints.params(models.target_params, models.drafts, spec.drafter)
+    params = checkpoints.params(
+        models.target_params, models.drafts, spec.drafter, spec.get("weights"), models.target
+    )
     max_length = prompts.max_length(batches)
 
     def prefill(batch: prompts.Batch, temperature: float) -> DecodeState:

@@ -38,6 +38,13 @@ def main(c: ConfigDict) -> None:
         raise ValueError(f"steps_per_call is {c.steps_per_call}; it must be at least 1.")
     texts = _texts(c)
     models = checkpoints.load(c.target, c.draft, c.dtype, c.cache_dtype)
+    for draft in models.drafts.values():
+        if draft.num_common is not None:
+            print(
+                f"{c.draft} has another vocabulary; it drafts the {draft.num_common} tokens that "
+                f"it shares with the target's {models.target.vocab_size}.",
+                file=sys.stderr,
+            )
     encoded = prompts.encode(texts, models.tokenizer)
     batch_size = min(c.batch_size, len(texts))
     batches = prompts.batches(encoded, batch_size, c.max_new_tokens, models.context)

@@ -30,7 +30,7 @@ def build(spec: Any, **given: Any) -> Any:
         if value is None:
             raise ValueError(f"The config needs a {spec[1:]}, but none was given.")
         return value
-    if isinstance(spec, (list, tuple)):
+    if type(spec) in (list, tuple):  # named tuples are values
         return tuple(build(entry, **given) for entry in spec)
     if not isinstance(spec, _MAPPINGS) or "call" not in spec:
         return spec
@@ -63,7 +63,7 @@ def mentions(spec: Any, name: str) -> bool:
     """Whether "@name" occurs in a spec."""
     if isinstance(spec, _MAPPINGS):
         return any(mentions(value, name) for value in spec.values())
-    if isinstance(spec, (list, tuple)):
+    if type(spec) in (list, tuple):  # named tuples are values
         return any(mentions(entry, name) for entry in spec)
     return spec == f"@{name}"
 

@@ -10,10 +10,10 @@ import numpy as np
 import tokenizers as hf_tokenizers
 from ml_collections import ConfigDict
 
-from specjax.build import mentions
+from specjax.build import build, mentions
 from specjax.data import tokenizers
 from specjax.kernels import native
-from specjax.models import hf, hf_heads
+from specjax.models import hf, hf_heads, intersection
 from specjax.models.eagle import EagleHead
 from specjax.models.medusa import MedusaHeads
 from specjax.models.transformer import TransformerConfig, transformer
@@ -27,6 +27,7 @@ class Drafting(NamedTuple):
 
     model: Model | hf_heads.Heads
     params: PyTree
+    num_common: int | None = None  # tokens shared with the target, where vocabularies differ
 
 
 class Checkpoints(NamedTuple):
@@ -48,6 +49,8 @@ def load(
 ) -> Checkpoints:
     """Reads directories of Hugging Face models and of heads, see `hf` and `hf_heads`.
 
+    A draft model of another vocabulary drafts what both have, see `intersection`.
+
     Args:
         target: its tokenizer.json and special ids are used.
         drafts: by name; a single one is called "draft", and an empty one is none.
@@ -57,8 +60,8 @@ def load(
         cache_dtype: "float32" or "bfloat16", of caches; "auto" is that of activations.
 
     Raises:
-        ValueError: a directory that cannot be read, another dtype, vocabularies or hidden sizes
-            that differ, a draft called "target".
+        ValueError: a directory that cannot be read, another dtype, heads of another vocabulary or
+            hidden size, a draft model of hardly any common token, a draft called "target".
     """
     for name, value in (("dtype", dtype), ("cache_dtype", cache_dtype)):
         if value not in _DTYPES:
@@ -73,9 +76,7 @@ def load(
         raise ValueError(f"A draft, {named['target']}, is called 'target'; need another name.")
     directories = {name: directory for name, directory in named.items() if directory}
     for directory in directories.values():
-        if hf_heads.kind(directory) == "model":
-            hf.check_same_vocabulary(target, directory)
-        else:
+        if hf_heads.kind(directory) != "model":
             hf.check_same_tokens(target, directory)
     tokenizer = tokenizers.load(target)
     if tokenizer.get_vocab_size() > config.vocab_size:
@@ -85,9 +86,16 @@ def load(
         )
     found, context = {}, config.max_position_embeddings
     for name, directory in directories.items():
-        found[name], shape = _draft(directory, config, dtype, of_cache)
+        draft, shape = _draft(directory, config, dtype, of_cache)
         if shape is not None:
             context = min(context, shape.max_position_embeddings)
+        if isinstance(draft.model, Model):
+            own = _own_ids(draft.model, tokenizer, config.vocab_size, target, directory)
+            if own is not None:
+                common = int((own >= 0).sum())
+                model = intersection.intersected(draft.model, own)
+                draft = Drafting(model, draft.params, common)
+        found[name] = draft
     read = hf.load(target, _stored(dtype, hf.stored_dtype(target)))
     return Checkpoints(
         tokenizer,
@@ -104,16 +112,36 @@ def given(target: Model, drafts: Mapping[str, Drafting]) -> dict[str, Any]:
     return {"target": target, **{name: draft.model for name, draft in drafts.items()}}
 
 
-def params(target_params: PyTree, drafts: Mapping[str, Drafting], spec: Any) -> Params:
-    """The weights of the target and of the draft that a drafter's spec mentions, if it does.
+def params(
+    target_params: PyTree,
+    drafts: Mapping[str, Drafting],
+    drafter: Any,
+    weights: Any = None,
+    target: Model | None = None,
+) -> Params:
+    """The weights of the target and of a drafter.
+
+    Args:
+        target_params: the target's.
+        drafts: by name.
+        drafter: its spec.
+        weights: a spec of the drafter's, in which "@target_params" and, with any draft's name,
+            "@draft_params" stand for theirs. By default those of the draft that `drafter` mentions,
+            if it does.
+        target: what "@target" stands for in it.
 
     Raises:
-        ValueError: it mentions several.
+        ValueError: without `weights`, a drafter that mentions several drafts.
     """
-    mentioned = [name for name in drafts if mentions(spec, name)]
+    if weights is not None:
+        named = {"target": target, "target_params": target_params}
+        named |= {f"{name}_params": draft.params for name, draft in drafts.items()}
+        return Params(target_params, build(weights, **named))
+    mentioned = [name for name in drafts if mentions(drafter, name)]
     if len(mentioned) > 1:
         raise ValueError(
-            f"A drafter mentions @{' and @'.join(mentioned)}; it has weights of one draft."
+            f"A drafter mentions @{' and @'.join(mentioned)}; it has weights of one draft, or else "
+            "its config has to say which."
         )
     return Params(target_params, drafts[mentioned[0]].params if mentioned else ())
 
@@ -142,6 +170,27 @@ def _draft(
     if cache_dtype != kind:
         heads = _with_cache_of(heads, cache_dtype)
     return Drafting(heads, weights), shape
+
+
+def _own_ids(
+    draft: Model,
+    tokenizer: hf_tokenizers.Tokenizer,
+    vocab_size: int,
+    target: str | Path,
+    directory: str | Path,
+) -> np.ndarray | None:
+    """The draft's ids [V] of the target's tokens, -1 for none; None where they are the same."""
+    if not (Path(directory) / "tokenizer.json").is_file():
+        hf.check_same_vocabulary(target, directory)
+        return None
+    of_draft = tokenizers.load(directory)
+    common = intersection.common_tokens(tokenizer, of_draft)
+    is_same = draft.vocab_size == vocab_size and of_draft.get_vocab_size() == len(common)
+    if is_same and (common == np.arange(len(common))).all():
+        return None
+    ids = np.full(vocab_size, -1)  # the table may have more rows than there are tokens
+    ids[: len(common)] = np.where(common < draft.vocab_size, common, -1)
+    return ids
 
 
 def _with_cache_of(heads: Any, dtype: Any) -> Any:

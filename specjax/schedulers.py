@@ -100,12 +100,12 @@ def switch(
             return take
 
         info = jax.eval_shape(taking(first), (True, inner))[2]
-        carry = (inner, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), info))
+        info = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), info)
         for i, decoder in enumerate(decoders):
             # A choice, as a loop of at most one round: XLA writes a loop's caches in place, but
             # copies those that a conditional returns.
-            _, *carry = lax.while_loop(lambda c: c[0], taking(decoder), (chosen == i, *carry))
-        inner, info = carry
+            start = (chosen == i, inner, info)
+            _, inner, info = lax.while_loop(lambda c: c[0], taking(decoder), start)
         gained = info.num_tokens[:, None].astype(jnp.float32)
         seen = memory * estimates + (1 - memory) * gained
         unseen = estimates + doubt * (most - estimates)

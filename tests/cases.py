@@ -11,11 +11,13 @@ from specjax.conformance import EOS_ID as EOS_ID
 from specjax.drafters import grow
 from specjax.drafters.cascade import cascade
 from specjax.drafters.combine import alternate, combine
+from specjax.drafters.corpus import Corpus, corpus
 from specjax.drafters.eagle import eagle
 from specjax.drafters.horizontal import horizontal
 from specjax.drafters.hydra import hydra
+from specjax.drafters.jacobi import jacobi
 from specjax.drafters.layer_skip import layer_skip
-from specjax.drafters.corpus import Corpus, corpus
+from specjax.drafters.lookahead import lookahead
 from specjax.drafters.lookup import lookup, reference
 from specjax.drafters.medusa import medusa
 from specjax.drafters.model import model
@@ -23,6 +25,7 @@ from specjax.drafters.none import none
 from specjax.drafters.quantized import int8, quantized
 from specjax.drafters.retrieval import retrieval
 from specjax.drafters.sparse import View, snapkv, sparse, streaming
+from specjax.drafters.speculative_jacobi import speculative_jacobi
 from specjax.drafters.suffix import suffix
 from specjax.laboratory import transformer_pair
 from specjax.models.eagle import EagleHead, eagle3_head, eagle_head
@@ -146,6 +149,22 @@ CASES |= {
     "eagle3 of three tokens, chain without_replacement/rejection": heads_case(
         eagle, EAGLE3_OF_THREE, "chain without_replacement", rejection, "eagle3"
     ),
+}
+
+# ------------------------------------------------------------------------------ by iteration
+
+CASES |= {
+    "jacobi/match": Case(lambda: jacobi(3), match, nothing, "jacobi"),
+    "speculative_jacobi coupled/match": Case(
+        lambda: speculative_jacobi(target()[0], 3, grow.coupled()),
+        match,
+        nothing,
+        "speculative_jacobi",
+    ),
+    "speculative_jacobi/block": Case(
+        lambda: speculative_jacobi(target()[0], 3, WOR), block, nothing, "speculative_jacobi"
+    ),
+    "lookahead/match": Case(lambda: lookahead(target()[0], 3, 3, 2), match, nothing, "lookahead"),
 }
 
 # --------------------------------------------------------------------------- out of documents

@@ -73,7 +73,7 @@ def static(parents: Sequence[int], choose: Choose) -> Builder:
         for depth in range(1, t.depth + 1):
             level, above = t.levels[depth], t.levels[depth - 1]
             most = max(int((t.parents == node).sum()) for node in above)
-            drawn, law = choose.draw(rng_keys, _tied(context, logits), depth, logits, most)
+            drawn, law = choose.draw(rng_keys, tied(context, logits), depth, logits, most)
             parent = np.searchsorted(above, t.parents[level])
             tokens.append(drawn[:, parent, t.rank[level]])
             if law is not None:
@@ -99,7 +99,7 @@ def static(parents: Sequence[int], choose: Choose) -> Builder:
     return Builder(grow, Proposal(law, len(t.parents), t.depth))
 
 
-def _tied(context: Context, logits: Array) -> Context:
+def tied(context: Context, logits: Array) -> Context:
     """The same context, known no sooner than the logits.
 
     If the noise of all levels were ready at once, XLA on CPU would draw it on another thread, which

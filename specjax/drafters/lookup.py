@@ -3,14 +3,40 @@
 Saxena, *Prompt lookup decoding*, 2023. Of all earlier places where the newest tokens end, the one
 that agrees on most of them (up to `ngram`) wins, then the latest; what followed there is copied. A
 copy that runs into the present goes on copying itself, which continues a repetition.
+
+LLMA, Yang et al., arXiv 2304.04487, copies from reference documents, too: `reference`.
 """
 
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from specjax import trees
+from specjax.drafters import corpus as corpora
 from specjax.types import Array, Context, Draft, Drafter, Keys, Outcome, Params, Proposal
+
+
+def agreement(tokens: Array, length: Array, ngram: int) -> Array:
+    """How many of each row's newest tokens stand just before each slot, too.
+
+    Args:
+        tokens: [B, S] history.
+        length: [B].
+        ngram: how many of the newest tokens are compared at most.
+
+    Returns:
+        [B, S] int32; 0 outside of slots 1 to length - 1.
+    """
+    slot = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    agree = jnp.zeros(tokens.shape, jnp.int32)
+    unbroken = (slot < length[:, None]) & (slot > 0)
+    for back in range(1, ngram + 1):
+        newest = jnp.take_along_axis(tokens, jnp.maximum(length - back, 0)[:, None], 1)
+        earlier = jnp.pad(tokens, ((0, 0), (back, 0)))[:, : tokens.shape[1]]
+        unbroken &= (earlier == newest) & (slot >= back) & (length[:, None] >= back)
+        agree += unbroken
+    return agree
 
 
 def longest_match(tokens: Array, length: Array, ngram: int) -> tuple[Array, Array]:
@@ -26,46 +52,107 @@ def longest_match(tokens: Array, length: Array, ngram: int) -> tuple[Array, Arra
         agree [B], 0 if there is none.
     """
     slot = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    agree = jnp.zeros(tokens.shape, jnp.int32)  # with the tokens just before each slot
-    unbroken = (slot < length[:, None]) & (slot > 0)
-    for back in range(1, ngram + 1):
-        newest = jnp.take_along_axis(tokens, jnp.maximum(length - back, 0)[:, None], 1)
-        earlier = jnp.pad(tokens, ((0, 0), (back, 0)))[:, : tokens.shape[1]]
-        unbroken &= (earlier == newest) & (slot >= back) & (length[:, None] >= back)
-        agree += unbroken
+    agree = agreement(tokens, length, ngram)
     best = jnp.argmax(agree * tokens.shape[1] + slot * (agree > 0), 1).astype(jnp.int32)
     return best, jnp.take_along_axis(agree, best[:, None], 1)[:, 0]
 
 
-def lookup(num_tokens: int, ngram: int = 3) -> Drafter:
+def lookup(num_tokens: int, ngram: int = 3, min_ngram: int = 1) -> Drafter:
     """Copies `num_tokens` tokens from the longest, latest match of at most `ngram` tokens.
 
-    Raises:
-        ValueError: fewer than one token or n-gram.
-    """
-    if num_tokens < 1 or ngram < 1:
-        raise ValueError(
-            f"lookup(num_tokens={num_tokens}, ngram={ngram}) has nothing to copy; "
-            "both must be at least 1."
-        )
+    Where fewer than `min_ngram` tokens agree, all nodes are fillers.
 
-    def init(batch_size: int, max_length: int) -> tuple:
-        del batch_size, max_length
-        return ()
+    Raises:
+        ValueError: fewer than one token or n-gram, a least n-gram above the largest.
+    """
+    _check(f"lookup(num_tokens={num_tokens}, ngram={ngram})", num_tokens, ngram, min_ngram)
 
     def propose(params: Params, rng_keys: Keys, state: Any, context: Context) -> tuple[Draft, Any]:
         del params, rng_keys
-        start, agree = longest_match(context.tokens, context.length, ngram)
-        found = agree > 0
-        period = jnp.where(found, context.length - start, 1)[:, None]
-        first = jnp.where(found, start, context.length - 1)[:, None]
-        source = first + jnp.arange(num_tokens, dtype=jnp.int32) % period
-        guess = jnp.take_along_axis(context.tokens, source, 1)
+        guess, agree = _copied(context, num_tokens, ngram)
         tokens = jnp.concatenate([trees.root(context), guess], 1)
-        return trees.chain(tokens, num_drafted=jnp.where(found, num_tokens, 0)), state
+        num_drafted = jnp.where(agree >= min_ngram, num_tokens, 0)
+        return trees.chain(tokens, num_drafted=num_drafted), state
 
     def observe(params: Params, state: Any, context: Context, outcome: Outcome) -> Any:
         del params, context, outcome
         return state
 
-    return Drafter(init, propose, observe, Proposal("point", num_tokens + 1, num_tokens))
+    return Drafter(_init, propose, observe, Proposal("point", num_tokens + 1, num_tokens))
+
+
+def reference(
+    num_tokens: int, ngram: int = 3, min_ngram: int = 1, vocab_size: int | None = None
+) -> Drafter:
+    """Copies from the longest match in the row's own text or in documents, of equals from the text.
+
+    The documents are `params.drafter`, a `Corpus`. The latest match in the row's text is copied as
+    `lookup` does; of several in documents the one in the middle of their order, up to the
+    document's end.
+
+    Args:
+        num_tokens: D, copied.
+        ngram: how many of the newest tokens are compared at most.
+        min_ngram: how many of them have to agree.
+        vocab_size: V of the corpus, compared with the target's by `decoder`; None leaves it to the
+            first step.
+
+    Raises:
+        ValueError: fewer than one token or n-gram, a least n-gram above the largest, more tokens
+            than a corpus is sorted for.
+    """
+    name = f"reference(num_tokens={num_tokens}, ngram={ngram})"
+    _check(name, num_tokens, ngram, min_ngram)
+    if ngram > corpora.LONGEST:
+        raise ValueError(
+            f"{name} compares {ngram} tokens but a corpus is sorted for matches of "
+            f"{corpora.LONGEST}; compare fewer."
+        )
+    sizes = np.arange(ngram, min_ngram - 1, -1, dtype=np.int32)
+
+    def propose(params: Params, rng_keys: Keys, state: Any, context: Context) -> tuple[Draft, Any]:
+        del rng_keys
+        guess, agree = _copied(context, num_tokens, ngram)
+        agree = jnp.where(agree >= min_ngram, agree, 0)
+        first, count = corpora.ranges(params.drafter, context.tokens, context.length, sizes)
+        best = jnp.argmax(count > 0, 1)[:, None]  # the longest
+        first, count = (jnp.take_along_axis(x, best, 1)[:, 0] for x in (first, count))
+        size = jnp.asarray(sizes)[best[:, 0]]
+        there, length = corpora.continuations(params.drafter, first, count, size, 1, num_tokens)
+        there, length = there[:, 0], length[:, 0]
+        is_longer = (count > 0) & (size > agree)
+        root = trees.root(context)
+        there = jnp.where(jnp.arange(num_tokens) < length[:, None], there, root)
+        tokens = jnp.concatenate([root, jnp.where(is_longer[:, None], there, guess)], 1)
+        num_drafted = jnp.where(is_longer, length, jnp.where(agree > 0, num_tokens, 0))
+        return trees.chain(tokens, num_drafted=num_drafted), state
+
+    def observe(params: Params, state: Any, context: Context, outcome: Outcome) -> Any:
+        del context
+        corpora.expect("reference", params.drafter, outcome.output.logits.shape[-1])
+        return state
+
+    proposal = Proposal("point", num_tokens + 1, num_tokens)
+    return Drafter(_init, propose, observe, proposal, vocab_size=vocab_size)
+
+
+def _init(batch_size: int, max_length: int) -> tuple:
+    del batch_size, max_length
+    return ()
+
+
+def _copied(context: Context, num_tokens: int, ngram: int) -> tuple[Array, Array]:
+    """What followed the row's latest longest match [B, D], and how many tokens agree [B]."""
+    start, agree = longest_match(context.tokens, context.length, ngram)
+    found = agree > 0
+    period = jnp.where(found, context.length - start, 1)[:, None]
+    first = jnp.where(found, start, context.length - 1)[:, None]
+    source = first + jnp.arange(num_tokens, dtype=jnp.int32) % period
+    return jnp.take_along_axis(context.tokens, source, 1), agree
+
+
+def _check(name: str, num_tokens: int, ngram: int, min_ngram: int) -> None:
+    if num_tokens < 1 or ngram < 1:
+        raise ValueError(f"{name} has nothing to copy; both must be at least 1.")
+    if not 1 <= min_ngram <= ngram:
+        raise ValueError(f"{name} needs {min_ngram} tokens to agree; need 1 to {ngram}.")

@@ -32,7 +32,7 @@ FEW_ROWS, FEW_ROWS_ON_TILES = 32, 512  # of products
 FEW_TOKENS = 512  # of attention
 LINEAR, ATTENTION = "specjax_linear", "specjax_attention"
 COMMIT, GUMBEL, BELOW = "specjax_commit", "specjax_gumbel", "specjax_below"
-ARGMAX, SOFTMAX = "specjax_argmax", "specjax_softmax"
+ARGMAX, SOFTMAX, TOP_K = "specjax_argmax", "specjax_softmax", "specjax_top_k"
 _SYMBOLS = {
     LINEAR: "SpecjaxLinear",
     ATTENTION: "SpecjaxAttention",
@@ -41,6 +41,7 @@ _SYMBOLS = {
     BELOW: "SpecjaxBelow",
     ARGMAX: "SpecjaxArgmax",
     SOFTMAX: "SpecjaxSoftmax",
+    TOP_K: "SpecjaxTopK",
 }
 
 _log = logging.getLogger(__name__)

@@ -4,6 +4,8 @@ XLA on CPU takes several operations for each and wakes threads for long rows; th
 through a kernel.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -21,6 +23,22 @@ def argmax(x: Array, noise: Array | None = None) -> Array:
     if noise is not None:
         x, noise = jnp.broadcast_arrays(x, noise)
     return lax.platform_dependent(x, noise, cpu=_argmax_kernel, default=_argmax)
+
+
+def likeliest(x: Array, k: int) -> Array:
+    """The ids of the k largest entries, [..., V] -> [..., k] int32, the largest first.
+
+    Of equals the lowest id comes first. In a row with NaN they are any k ids.
+
+    Raises:
+        ValueError: k exceeds V.
+    """
+    if k > x.shape[-1]:
+        raise ValueError(f"The {k} largest of {x.shape[-1]} entries were asked for; ask for fewer.")
+    if not _served(x):
+        return _likeliest(x, k)
+    kernel = functools.partial(_likeliest_kernel, k=k)
+    return lax.platform_dependent(x, cpu=kernel, default=functools.partial(_likeliest, k=k))
 
 
 def softmax(log_weights: Array) -> Array:
@@ -63,6 +81,15 @@ def _argmax_kernel(x: Array, noise: Array | None) -> Array:
     ids = jax.ShapeDtypeStruct(x.shape[:-1], jnp.int32)
     call = jax.ffi.ffi_call(native.ARGMAX, ids, vmap_method="broadcast_all")
     return call(x, jnp.zeros((*x.shape[:-1], 0)) if noise is None else noise)
+
+
+def _likeliest(x: Array, k: int) -> Array:
+    return lax.top_k(x, k)[1]
+
+
+def _likeliest_kernel(x: Array, k: int) -> Array:
+    ids = jax.ShapeDtypeStruct((*x.shape[:-1], k), jnp.int32)
+    return jax.ffi.ffi_call(native.TOP_K, ids, vmap_method="broadcast_all")(x)
 
 
 def _softmax(log_weights: Array) -> Array:

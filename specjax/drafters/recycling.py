@@ -1,0 +1,117 @@
+"""Token Recycling: the target's runners-up of earlier passes are the next passes' guesses.
+
+Luo et al., arXiv 2408.08696. A matrix keeps for every token the k likeliest successors that the
+target last named for it, at whatever node of whatever draft, rejected ones included. A static tree
+is filled from it breadth first: child r of a node with token t is M[t, r].
+"""
+
+from collections.abc import Sequence
+
+import flax.struct as struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specjax import trees
+from specjax.kernels.vocabulary import largest
+from specjax.types import Array, Context, Draft, Drafter, Keys, Model, Outcome, Params, Proposal
+
+
+@struct.dataclass
+class RecyclingState:
+    """M: what the target last ranked first after each token, the likeliest first."""
+
+    successors: Array  # [B, V, k] int32, -1 where the token was not seen yet
+
+
+def recycling(target: Model, parents: Sequence[int], k: int = 8) -> Drafter:
+    """Fills the tree `parents`; where a token was not seen yet its descendants are fillers.
+
+    Args:
+        target: the decoder's.
+        parents: each node's parent, breadth first; -1 for the root. `tree` makes good ones.
+        k: successors kept of every token; may exceed what the tree takes.
+
+    Raises:
+        ValueError: the tree is impossible, consists of its root alone, or has more than k children
+            somewhere; more successors than there are tokens.
+    """
+    t = trees.topology(parents)
+    if t.depth == 0:
+        raise ValueError(f"Tree {tuple(parents)} is its root alone; a draft needs another node.")
+    most = int(t.rank.max()) + 1
+    if most > k:
+        raise ValueError(
+            f"Tree {tuple(parents)} has {most} children of one node but recycling keeps {k} "
+            "successors; keep more."
+        )
+    if k > target.vocab_size:
+        raise ValueError(
+            f"recycling keeps {k} successors but the target has {target.vocab_size} tokens; keep "
+            "fewer."
+        )
+
+    def init(batch_size: int, max_length: int) -> RecyclingState:
+        del max_length
+        return RecyclingState(jnp.full((batch_size, target.vocab_size, k), -1, jnp.int32))
+
+    def propose(
+        params: Params, rng_keys: Keys, state: RecyclingState, context: Context
+    ) -> tuple[Draft, RecyclingState]:
+        del params, rng_keys
+        root = trees.root(context)
+        level, found = root, []  # -1 where unknown
+        for depth in range(1, t.depth + 1):
+            here, above = t.levels[depth], t.levels[depth - 1]
+            parent = np.searchsorted(above, t.parents[here])
+            known = jnp.take_along_axis(
+                state.successors, jnp.maximum(level, 0)[..., None], 1
+            )  # [B, W, k]
+            known = jnp.where(level[..., None] < 0, -1, known)
+            level = known[:, parent, t.rank[here]]
+            found.append(level)
+        guess = jnp.concatenate(found, 1)
+        draft = Draft(
+            tokens=jnp.concatenate([root, jnp.where(guess < 0, root, guess)], 1),
+            parents=jnp.broadcast_to(
+                jnp.asarray(t.parents, jnp.int32), (len(root), len(t.parents))
+            ),
+            probs=None,
+            num_drafted=(guess >= 0).sum(1, dtype=jnp.int32),
+            depth=t.depth,
+        )
+        return draft, state
+
+    def observe(
+        params: Params, state: RecyclingState, context: Context, outcome: Outcome
+    ) -> RecyclingState:
+        del params, context
+        tokens, named = outcome.draft.tokens, largest(outcome.output.logits, k)
+        slots = destinations(outcome, target.vocab_size)
+        del tokens
+        successors = jax.vmap(lambda m, i, x: m.at[i].set(x, mode="drop", unique_indices=True))(
+            state.successors, slots, named
+        )
+        return RecyclingState(successors)
+
+    return Drafter(
+        init, propose, observe, Proposal("point", len(t.parents), t.depth), target.vocab_size
+    )
+
+
+def destinations(outcome: Outcome, vocab_size: int) -> Array:
+    """The row of M [B, N] that each node's logits replace, V and more where they replace none.
+
+    Of several nodes of one token the last one counts. Rejected guesses of the root's own token do
+    not: the root knows its successors better, and fillers are such guesses.
+    """
+    draft, verdict = outcome.draft, outcome.verdict
+    n = draft.tokens.shape[1]
+    node = np.arange(n)
+    kept = np.arange(verdict.path.shape[1]) < verdict.num_nodes[:, None]
+    is_kept = ((verdict.path[..., None] == node) & kept[..., None]).any(1)  # [B, N]
+    is_new = (draft.parents >= 0) & (is_kept | (draft.tokens != draft.tokens[:, :1]))
+    is_new = is_new.at[:, 0].set(True) & (verdict.num_nodes > 0)[:, None]
+    later = np.triu(np.ones((n, n), bool), 1)  # [x, y]: y stands behind x
+    again = (draft.tokens[:, :, None] == draft.tokens[:, None]) & is_new[:, None] & later
+    return jnp.where(is_new & ~again.any(2), draft.tokens, vocab_size + node)
