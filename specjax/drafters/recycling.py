@@ -86,9 +86,7 @@ def recycling(target: Model, parents: Sequence[int], k: int = 8) -> Drafter:
         params: Params, state: RecyclingState, context: Context, outcome: Outcome
     ) -> RecyclingState:
         del params, context
-        tokens, named = outcome.draft.tokens, largest(outcome.output.logits, k)
-        slots = destinations(outcome, target.vocab_size)
-        del tokens
+        named, slots = largest(outcome.output.logits, k), destinations(outcome, target.vocab_size)
         successors = jax.vmap(lambda m, i, x: m.at[i].set(x, mode="drop", unique_indices=True))(
             state.successors, slots, named
         )

@@ -25,7 +25,7 @@ def argmax(x: Array, noise: Array | None = None) -> Array:
     return lax.platform_dependent(x, noise, cpu=_argmax_kernel, default=_argmax)
 
 
-def likeliest(x: Array, k: int) -> Array:
+def largest(x: Array, k: int) -> Array:
     """The ids of the k largest entries, [..., V] -> [..., k] int32, the largest first.
 
     Of equals the lowest id comes first. In a row with NaN they are any k ids.
@@ -36,9 +36,9 @@ def likeliest(x: Array, k: int) -> Array:
     if k > x.shape[-1]:
         raise ValueError(f"The {k} largest of {x.shape[-1]} entries were asked for; ask for fewer.")
     if not _served(x):
-        return _likeliest(x, k)
-    kernel = functools.partial(_likeliest_kernel, k=k)
-    return lax.platform_dependent(x, cpu=kernel, default=functools.partial(_likeliest, k=k))
+        return _largest(x, k)
+    kernel = functools.partial(_largest_kernel, k=k)
+    return lax.platform_dependent(x, cpu=kernel, default=functools.partial(_largest, k=k))
 
 
 def softmax(log_weights: Array) -> Array:
@@ -83,11 +83,11 @@ def _argmax_kernel(x: Array, noise: Array | None) -> Array:
     return call(x, jnp.zeros((*x.shape[:-1], 0)) if noise is None else noise)
 
 
-def _likeliest(x: Array, k: int) -> Array:
+def _largest(x: Array, k: int) -> Array:
     return lax.top_k(x, k)[1]
 
 
-def _likeliest_kernel(x: Array, k: int) -> Array:
+def _largest_kernel(x: Array, k: int) -> Array:
     ids = jax.ShapeDtypeStruct((*x.shape[:-1], k), jnp.int32)
     return jax.ffi.ffi_call(native.TOP_K, ids, vmap_method="broadcast_all")(x)
 
