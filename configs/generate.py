@@ -34,10 +34,47 @@ def get_config() -> ConfigDict:
     c.dynamic_tree = {"num_nodes": 12, "width": 3, "depth": 4}  # EAGLE's
     grown = {"build": "@build"}
     with_heads = {"target": "@target", "heads": "@draft", **grown}
+    c.corpus = ""  # a directory of train/corpus.py, for reference, retrieval and suffix
+    c.layers = ()  # that stay, for layer_skip; train/calibrate.py finds some
     drafters = "specjax.drafters"
+    of_target = {"target": "@target"}
+    chain, retrieved = {"num_tokens": "@num_draft_tokens"}, {"num_tokens": 4, "num_nodes": 8}
     c.drafters = {
         "none": {"call": f"{drafters}.none.none"},
-        "lookup": {"call": f"{drafters}.lookup.lookup", "num_tokens": "@num_draft_tokens"},
+        "lookup": {"call": f"{drafters}.lookup.lookup", **chain},
+        "ngram": {"call": f"{drafters}.ngram.ngram", **chain},
+        "ngrammys": {
+            "call": f"{drafters}.ngrammys.ngrammys",
+            **of_target,
+            **{"num_paths": 3, "num_tokens": 3},
+        },
+        "recycling": {
+            "call": f"{drafters}.recycling.recycling",
+            **of_target,
+            "parents": {"call": f"{drafters}.recycling.tree", "num_nodes": 12, "depth": 4},
+        },
+        "jacobi": {"call": f"{drafters}.jacobi.jacobi", **chain},
+        "lookahead": {
+            "call": f"{drafters}.lookahead.lookahead",
+            **of_target,
+            **{"width": 4, "ngram": 3, "num_guesses": 3},
+        },
+        "reference": {"call": f"{drafters}.lookup.reference", **chain},
+        "retrieval": {"call": f"{drafters}.retrieval.retrieval", **retrieved},
+        "suffix": {"call": f"{drafters}.suffix.suffix", **retrieved},
+        "layer_skip": {
+            "call": f"{drafters}.layer_skip.layer_skip",
+            **of_target,
+            "layers": "@layers",
+            **grown,
+        },
+        "streaming": {
+            "call": f"{drafters}.sparse.sparse",
+            **of_target,
+            "view": {"call": f"{drafters}.sparse.streaming", "num_sinks": 4, "window": 60},
+            **grown,
+        },
+        "quantized": {"call": f"{drafters}.quantized.quantized", **of_target, **grown},
         "model": {"call": f"{drafters}.model.model", "draft_model": "@draft", **grown},
         "medusa": {"call": f"{drafters}.medusa.medusa", **with_heads},
         "hydra": {"call": f"{drafters}.hydra.hydra", **with_heads},
@@ -47,5 +84,16 @@ def get_config() -> ConfigDict:
             "head": "@draft",
             **grown,
         },
+    }
+    # What some of them read beside the target; by default the draft's weights.
+    documents = {
+        "call": f"{drafters}.corpus.load",
+        **{"directory": "@corpus", "tokenizer": "@fingerprint"},
+    }
+    params = {"params": "@target_params"}
+    c.weights = {
+        "ngrammys": {"call": f"{drafters}.ngrammys.bigrams", **of_target, **params, "k": 3},
+        "quantized": {"call": f"{drafters}.quantized.int8", **params},
+        **{name: documents for name in ("reference", "retrieval", "suffix")},
     }
     return c

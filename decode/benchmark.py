@@ -9,15 +9,16 @@ first method, plain decoding in the same engine. Decoding after the prompt, the 
 compilation are timed apart. Acceptance is counted in another pass, off the clock, and the pairs of
 methods in `config.comparisons` are compared prompt by prompt. A method's `formula`, a function of
 `theory`, tells what to expect of its first drafted token. With `config.costs`, seconds, the passes
-of every method's step are timed as well, each for so long in every repeat, and `theory` predicts
-the speed-up from them and from the acceptance. Writes results.json, results.md and results.png into
+of every method's step are timed as well, each for so long in as many repeats, side by side with the
+first method's, and `theory` predicts the speed-up from them and from the acceptance. All of it is
+done for each of `config.batch_sizes`. Writes results.json, results.md and results.png into
 `config.output`. A config with a `benchmark` names the function that runs it instead.
 """
 
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ from rich.table import Table
 from specjax import checkpoints, engine, metrics, plots, prompts, sampling, scripts, theory
 from specjax.build import build, mentions
 from specjax.timing import Timed, loop, rounds
-from specjax.types import Array, DecodeState, Proposal
+from specjax.types import Array, DecodeState, Drafter, Proposal
 
 _TARGET, _DRAFTER, _BOTH = _PASSES = ("target", "drafter", "target and drafter")
 
@@ -46,11 +47,9 @@ class Method(NamedTuple):
     about: dict[str, Any]  # drafter, verifier, what they promise, and more for the record
     run: Callable[[prompts.Batch, float], metrics.Timing]
     measure: Callable[[Sequence[prompts.Batch], float], dict[str, Any]]  # off the clock
-    costs: Callable[[float], dict[str, Timed]] | None  # a step's passes; None for a peer
-
-    @property
-    def compiles(self) -> bool:
-        return self.costs is not None
+    # A step's passes; None where they cannot be told apart: of a peer, of what switches decoders.
+    costs: Callable[[float], dict[str, Timed]] | None
+    compiles: bool = True  # no peer
 
 
 def main(c: ConfigDict) -> None:
@@ -63,75 +62,109 @@ def main(c: ConfigDict) -> None:
 def run(c: ConfigDict) -> list[dict[str, Any]]:
     """Benchmarks, writes and prints. Returns the records."""
     console = Console()
-    if c.repeats < 1 or not c.temperatures:
-        raise ValueError(
-            f"repeats is {c.repeats} and temperatures {tuple(c.temperatures)}; need at least 1."
-        )
+    for name, values in (("temperatures", c.temperatures), ("batch_sizes", c.batch_sizes)):
+        if c.repeats < 1 or not values:
+            raise ValueError(
+                f"repeats is {c.repeats} and {name} {tuple(values)}; need at least 1 of each."
+            )
     for temperature in c.temperatures:
         sampling.sampling(1, temperature)  # refuses what is out of range
-    specs = [method.get(part) for method in c.methods.values() for part in ("drafter", "weights")]
+    specs = [m.get(part) for m in c.methods.values() for part in ("drafter", "decoder", "weights")]
     drafts = {n: path for n, path in c.drafts.items() if any(mentions(spec, n) for spec in specs)}
     models = checkpoints.load(c.target, drafts, c.dtype, c.cache_dtype)
     if c.prompts:
         tokens = prompts.encode(prompts.read(c.prompts), models.tokenizer)[: c.num_prompts]
     else:
         tokens = prompts.held_out(models.tokenizer, c.num_prompts, c.prompt_length, c.seed)
-    batches = prompts.batches(tokens, c.batch_size, c.max_new_tokens, models.context)
-    methods = _methods(c, models, batches)
-    groups = [(t, [m for m in methods if t in m.temperatures]) for t in c.temperatures]
-    for temperature, group in groups:
+    sized = [prompts.batches(tokens, b, c.max_new_tokens, models.context) for b in c.batch_sizes]
+    planned = [(batches, _methods(c, models, batches)) for batches in sized]
+    _check(c, planned[0][1])
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    left = TimeRemainingColumn()
+    records: list[dict[str, Any]] = []
+    quiet = not console.is_terminal
+    with Progress(*columns, left, console=console, transient=True, disable=quiet) as progress:
+        pairs = sum(len(method.temperatures) for method in planned[0][1])
+        passes = pairs * (c.repeats + 1) * sum(map(len, sized))
+        task = progress.add_task("compiling", total=passes)
+
+        def show(done: int, now: str) -> None:
+            progress.update(task, advance=done, description=now)
+
+        for batches, methods in planned:
+            compiled: dict[str, float] = {}
+            for temperature in c.temperatures:
+                group = [method for method in methods if temperature in method.temperatures]
+                records += _run_group(c, group, batches, temperature, compiled, show)
+            jax.clear_caches()  # many live programs exhaust the memory reserved for code
+    _write(c, records, console)
+    return records
+
+
+def _check(c: ConfigDict, methods: Sequence[Method]) -> None:
+    """Refuses temperatures without a baseline and comparisons of what is not there."""
+    groups = [[m for m in methods if t in m.temperatures] for t in c.temperatures]
+    for temperature, group in zip(c.temperatures, groups, strict=True):
         if not group or group[0] is not methods[0]:
             raise ValueError(
                 f"Temperature {temperature} has no baseline; the first method, "
                 f"{methods[0].name!r}, must list it."
             )
-    pairs = [tuple(pair) for pair in c.get("comparisons", ())]
-    for pair in pairs:
-        if not any(set(pair) <= {m.name for m in group if m.compiles} for _, group in groups):
+    for pair in c.get("comparisons", ()):
+        if not any(set(pair) <= {m.name for m in group if m.compiles} for group in groups):
             raise ValueError(
-                f"Comparison {pair} does not name two methods of this engine at one temperature; "
-                f"there are {', '.join(m.name for m in methods if m.compiles)}."
+                f"Comparison {tuple(pair)} does not name two methods of this engine at one "
+                f"temperature; there are {', '.join(m.name for m in methods if m.compiles)}."
             )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    left = TimeRemainingColumn()
-    records: list[dict[str, Any]] = []
-    compiled: dict[str, float] = {}
-    quiet = not console.is_terminal
-    with Progress(*columns, left, console=console, transient=True, disable=quiet) as progress:
-        passes = sum(len(group) for _, group in groups) * (c.repeats + 1) * len(batches)
-        task = progress.add_task("compiling", total=passes)
-        for temperature, group in groups:
-            acceptance = {}
-            for method in group:
-                progress.update(task, description=f"compiling {method.name}")
-                if method.compiles and method.name not in compiled:
-                    started = time.perf_counter()
-                    method.run(batches[0]._replace(limit=batches[0].length + 1), temperature)
-                    compiled[method.name] = time.perf_counter() - started
-                acceptance[method.name] = method.measure(batches, temperature)
-                progress.advance(task, len(batches))
-            timings: dict[str, list[list[metrics.Timing]]] = {m.name: [] for m in group}
-            costs = _Costs(group, temperature, c.get("costs", 0))
-            for repeat in range(c.repeats):
-                for method in group:
-                    label = f"T={temperature:g} repeat {repeat + 1} {method.name}"
-                    progress.update(task, description=label)
-                    timings[method.name].append([])
-                    for batch in batches:
-                        timings[method.name][-1].append(method.run(batch, temperature))
-                        progress.advance(task)
-                    costs.measure(method.name)
-            for method in group:
-                record: dict[str, Any] = {"method": method.name, **method.about}
-                record |= {"temperature": temperature, "batch_size": c.batch_size}
-                baseline = timings[group[0].name]
-                record |= _figures(method, temperature, timings[method.name], baseline)
-                record |= acceptance[method.name]
-                record["seconds_compile"] = compiled.get(method.name)
-                record |= costs.figures(method.name, group[0].name, record)
-                records.append(record)
-            _compare(pairs, records[-len(group) :])
-    _write(c, records, console)
+
+
+def _run_group(
+    c: ConfigDict,
+    group: Sequence[Method],
+    batches: Sequence[prompts.Batch],
+    temperature: float,
+    compiled: dict[str, float],
+    show: Callable[[int, str], None],
+) -> list[dict[str, Any]]:
+    """The records of one temperature and batch size, the baseline's first.
+
+    Args:
+        c: the config.
+        group: methods, the baseline first.
+        batches: what they decode.
+        temperature: of all rows.
+        compiled: seconds of compilation by method, to read and to add to.
+        show: (passes done, what is going on).
+    """
+    acceptance = {}
+    for method in group:
+        show(0, f"compiling {method.name}")
+        if method.compiles and method.name not in compiled:
+            started = time.perf_counter()
+            method.run(batches[0]._replace(limit=batches[0].length + 1), temperature)
+            compiled[method.name] = time.perf_counter() - started
+        acceptance[method.name] = method.measure(batches, temperature)
+        show(len(batches), f"compiling {method.name}")
+    timings: dict[str, list[list[metrics.Timing]]] = {m.name: [] for m in group}
+    for repeat in range(c.repeats):
+        for method in group:
+            timings[method.name].append([])
+            for batch in batches:
+                show(1, f"T={temperature:g} repeat {repeat + 1} {method.name}")
+                timings[method.name][-1].append(method.run(batch, temperature))
+    records = []
+    baseline = timings[group[0].name]
+    for method in group:
+        record: dict[str, Any] = {"method": method.name, **method.about}
+        record |= {"temperature": temperature, "batch_size": len(batches[0].length)}
+        record |= _figures(method, temperature, timings[method.name], baseline)
+        record |= acceptance[method.name]
+        record["seconds_compile"] = compiled.get(method.name)
+        records.append(record)
+    if seconds := c.get("costs", 0):
+        show(0, f"T={temperature:g} costs")
+        _add_costs(records, group, temperature, seconds, c.repeats)
+    _compare([tuple(pair) for pair in c.get("comparisons", ())], records)
     return records
 
 
@@ -145,7 +178,9 @@ def _methods(
             peer = build({**spec.peer, **paths, "batches": batches})
             about = {"drafter": peer.drafter, "verifier": "transformers"}
             about |= {"lossless": True, "drafter_invariant": False}
-            method = Method(name, tuple(spec.temperatures), about, peer.run, peer.measure, None)
+            method = Method(
+                name, tuple(spec.temperatures), about, peer.run, peer.measure, None, compiles=False
+            )
         else:
             method = _engine_method(name, spec, models, batches, c.seed)
         methods.append(method)
@@ -159,14 +194,20 @@ def _engine_method(
     batches: Sequence[prompts.Batch],
     seed: int,
 ) -> Method:
-    """A drafter and a verifier under `engine.decoder`."""
+    """A drafter and a verifier under `engine.decoder`, or a decoder that joins others."""
     given = checkpoints.given(models.target, models.drafts)
-    drafter, verifier = build(spec.drafter, **given), build(spec.verifier, **given)
-    decoder = engine.decoder(models.target, drafter, verifier, eos_ids=models.eos_ids)
+    verifier = build(spec.verifier, **given)
+    drafter: Drafter | None = None
+    if "decoder" in spec:
+        decoder = build(spec.decoder, **given, eos_ids=models.eos_ids)
+    else:
+        drafter = build(spec.drafter, **given)
+        decoder = engine.decoder(models.target, drafter, verifier, eos_ids=models.eos_ids)
+    drafting = spec.decoder if drafter is None else spec.drafter
     law, num_nodes, depth = decoder.proposal
-    formula = _formula(name, spec, decoder.proposal)
+    formula = None if drafter is None else _formula(name, spec, decoder.proposal)
     params = checkpoints.params(
-        models.target_params, models.drafts, spec.drafter, spec.get("weights"), models.target
+        models.target_params, models.drafts, drafting, spec.get("weights"), models.target
     )
     max_length = prompts.max_length(batches)
 
@@ -199,7 +240,7 @@ def _engine_method(
             for batch in batches
         ]
         figures = metrics.summary(jax.tree.map(lambda *x: np.concatenate(x), *counted))
-        if formula:
+        if drafter is not None and formula:
             found = [
                 metrics.first_tokens(drafter, decoder, params, prefill(batch, temperature), formula)
                 for batch in batches
@@ -209,10 +250,10 @@ def _engine_method(
         return figures
 
     about = {
-        "drafter": spec.drafter.call.split(".")[-1],
+        "drafter": drafting.call.split(".")[-1],
         "verifier": spec.verifier.call.split(".")[-1],
         "lossless": decoder.lossless,
-        "drafter_invariant": verifier.drafter_invariant,
+        "drafter_invariant": decoder.drafter_invariant,
         "law": law,
         "num_nodes": num_nodes,
         "depth": depth,
@@ -221,47 +262,55 @@ def _engine_method(
     def costs(temperature: float) -> dict[str, Timed]:
         from decode.profile import parts_of  # `scripts.run` has made it known by now
 
+        assert drafter is not None
         state = prefill(batches[0], temperature)
         parts = parts_of(models.target, drafter, verifier, None, params, state)
         return {part: loop(*parts[part]) for part in _PASSES}
 
-    return Method(name, tuple(spec.temperatures), about, once, measure, costs)
+    told = None if drafter is None else costs
+    return Method(name, tuple(spec.temperatures), about, once, measure, told)
 
 
-class _Costs:
-    """Seconds of the passes of each method's step, in as many repeats as it is measured."""
+def _add_costs(
+    records: Sequence[dict[str, Any]],
+    methods: Sequence[Method],
+    temperature: float,
+    seconds: float,
+    repeats: int,
+) -> None:
+    """Adds to the records what the passes of each method's step take beside the first one's.
 
-    def __init__(self, methods: Sequence[Method], temperature: float, seconds: float) -> None:
-        self._loops: dict[str, dict[str, tuple[Timed, int]]] = {}
-        self._found: dict[str, list[dict[str, float]]] = {}
-        for method in methods if seconds else ():
-            if method.costs is not None:
-                loops = method.costs(temperature)
-                sized = {part: (timed, rounds(timed, seconds)) for part, timed in loops.items()}
-                self._loops[method.name], self._found[method.name] = sized, []
+    Medians over repeats in milliseconds and in passes of plain decoding, and the speed-up that they
+    promise with the acceptance measured. One method's programs are there at a time, besides the
+    baseline's.
+    """
 
-    def measure(self, name: str) -> None:
-        if name in self._loops:
-            parts = self._loops[name].items()
-            self._found[name].append({part: timed(n) / n for part, (timed, n) in parts})
+    def sized(method: Method) -> dict[str, tuple[Timed, int]]:
+        assert method.costs is not None
+        loops = method.costs(temperature).items()
+        return {part: (timed, rounds(timed, seconds)) for part, timed in loops}
 
-    def figures(self, name: str, baseline: str, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Medians in milliseconds; the speed-up they promise with the acceptance measured."""
-        if name not in self._loops:
-            return {}
+    def passes(loops: dict[str, tuple[Timed, int]]) -> dict[str, float]:
+        return {part: timed(n) / n for part, (timed, n) in loops.items()}
 
-        def median(figure: Callable[[dict[str, float], dict[str, float]], float]) -> float:
-            both = zip(self._found[name], self._found[baseline], strict=True)
-            return statistics.median(figure(own, plain) for own, plain in both)
-
-        draft = median(lambda own, plain: (own[_BOTH] - own[_TARGET]) / plain[_TARGET])
-        verify = median(lambda own, plain: own[_TARGET] / plain[_TARGET])
-        if name == baseline:
-            draft = 0.0
+    baseline = sized(methods[0])
+    for method, record in zip(methods, records, strict=True):
+        if method.costs is None:
+            continue
+        is_baseline = method is methods[0]
+        loops = baseline if is_baseline else sized(method)
+        found = [(passes(loops), passes(baseline)) for _ in range(repeats)]
+        verify = statistics.median(own[_TARGET] / plain[_TARGET] for own, plain in found)
+        draft = statistics.median(
+            (own[_BOTH] - own[_TARGET]) / plain[_TARGET] for own, plain in found
+        )
+        if is_baseline:
+            draft, verify = 0.0, 1.0
         predicted = theory.speedup(record["mat"], max(draft, 0.0), verify)
-        of_pass = {p: [1e3 * seconds[p] for seconds in self._found[name]] for p in _PASSES}
-        return {
-            "milliseconds": {p: statistics.median(found) for p, found in of_pass.items()},
+        record |= {
+            "milliseconds": {
+                part: statistics.median(1e3 * own[part] for own, _ in found) for part in _PASSES
+            },
             "draft_cost": draft,
             "verify_cost": verify,
             "predicted": predicted,
@@ -348,10 +397,10 @@ def _write(c: ConfigDict, records: list[dict[str, Any]], console: Console) -> No
     (output / "results.json").write_text(json.dumps(records, indent=1) + "\n")
     (output / "config.json").write_text(c.to_json_best_effort(indent=1) + "\n")
     plots.speedups(records, output / "results.png")
-    batch_size, repeats = c.batch_size, c.repeats
+    sizes = " and ".join(map(str, c.batch_sizes))
     title = (
-        f"{records[0]['num_prompts']} prompts, {records[0]['tokens']} new tokens, batch "
-        f"{batch_size}, medians of {repeats} interleaved repeats, {jax.devices()[0].device_kind}, "
+        f"{records[0]['num_prompts']} prompts, {records[0]['tokens']} new tokens, batch {sizes}, "
+        f"medians of {c.repeats} interleaved repeats, {jax.devices()[0].device_kind}, "
         f"jax {jax.__version__}"
     )
     console.print(title, highlight=False)
@@ -362,13 +411,15 @@ def _write(c: ConfigDict, records: list[dict[str, Any]], console: Console) -> No
             continue
         lines += ["", "| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
         lines += ["| " + " | ".join(row.values()) + " |" for row in rows] + ["", legend]
-        shown = [name for name in rows[0] if name != "verifier"]  # it would not fit
+        # Without what would not fit, and what is the same everywhere.
+        left_out = {"verifier"} | ({"B"} if len(c.batch_sizes) == 1 else set())
+        shown = [name for name in rows[0] if name not in left_out]
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for name in shown:
             is_name = name in ("method", "over")
             table.add_column(name, justify="left" if is_name else "right", no_wrap=not is_name)
         for i, row in enumerate(rows):
-            last = i + 1 < len(rows) and row["T"] != rows[i + 1]["T"]
+            last = i + 1 < len(rows) and any(row[x] != rows[i + 1][x] for x in ("B", "T"))
             table.add_row(*(row[name] for name in shown), end_section=last)
         console.print(table)
     (output / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -380,6 +431,7 @@ def _speeds(records: Sequence[dict[str, Any]]) -> tuple[list[dict[str, str]], st
     answer = {None: "-", True: "yes", False: "NO"}
     rows = [
         {
+            "B": f"{r['batch_size']}",
             "T": f"{r['temperature']:g}",
             "method": r["method"] + ("" if r["lossless"] else " (lossy)"),
             "verifier": r["verifier"],
@@ -405,6 +457,7 @@ def _differences(records: Sequence[dict[str, Any]]) -> tuple[list[dict[str, str]
     """The table of compared pairs, likewise."""
     rows = [
         {
+            "B": f"{r['batch_size']}",
             "T": f"{r['temperature']:g}",
             "method": r["method"],
             "over": other,
@@ -420,6 +473,7 @@ def _first_tokens(records: Sequence[dict[str, Any]]) -> tuple[list[dict[str, str
     """The table of formulas and what came of them, likewise."""
     rows = [
         {
+            "B": f"{r['batch_size']}",
             "T": f"{r['temperature']:g}",
             "method": r["method"],
             "formula": r["first_token"]["formula"],
@@ -441,6 +495,7 @@ def _predictions(records: Sequence[dict[str, Any]]) -> tuple[list[dict[str, str]
     """The table of what `theory` promises, likewise."""
     rows = [
         {
+            "B": f"{r['batch_size']}",
             "T": f"{r['temperature']:g}",
             "method": r["method"],
             "target": _number(r["milliseconds"][_TARGET], 3),

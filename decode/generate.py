@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from specjax import checkpoints, engine, prompts, sampling, scripts, trees
 from specjax.build import build, mentions
 from specjax.data import tokenizers
-from specjax.drafters import grow
+from specjax.drafters import corpus, grow
 from specjax.models.eagle import EagleHead
 from specjax.models.hydra import HydraHeads
 from specjax.models.medusa import MedusaHeads
@@ -149,9 +149,19 @@ def _decoder(c: ConfigDict, models: checkpoints.Checkpoints) -> tuple[Decoder, P
         **checkpoints.given(models.target, models.drafts),
         build=_builder(c, draft, build({"call": f"specjax.drafters.grow.{choose}"})),
         num_draft_tokens=c.num_draft_tokens,
+        layers=tuple(c.layers) or None,
     )
     decoder = engine.decoder(models.target, drafter, verifier, eos_ids=models.eos_ids)
-    return decoder, checkpoints.params(models.target_params, models.drafts, spec)
+    if name not in c.weights:
+        return decoder, checkpoints.params(models.target_params, models.drafts, spec)
+    weights = build(
+        c.weights[name],
+        target=models.target,
+        target_params=models.target_params,
+        corpus=c.corpus or None,
+        fingerprint=corpus.fingerprint(models.tokenizer.get_vocab()),
+    )
+    return decoder, Params(models.target_params, weights)
 
 
 def _builder(

@@ -28,7 +28,7 @@ def build(spec: Any, **given: Any) -> Any:
     if _stands_for_given(spec):
         value = given.get(spec[1:])
         if value is None:
-            raise ValueError(f"The config needs a {spec[1:]}, but none was given.")
+            raise ValueError(f"The config needs {spec}, but none was given.")
         return value
     if type(spec) in (list, tuple):  # named tuples are values
         return tuple(build(entry, **given) for entry in spec)
@@ -45,7 +45,8 @@ def build(spec: Any, **given: Any) -> Any:
         ) from error
     for name, parameter in takes.parameters.items():
         kind = parameter.annotation
-        if not _stands_for_given(spec.get(name)) or not isinstance(kind, type):
+        # Where anything is taken, as parameters are, `Any` is a class, too.
+        if not _stands_for_given(spec.get(name)) or not isinstance(kind, type) or kind is Any:
             continue
         if not isinstance(arguments[name], kind):
             raise ValueError(

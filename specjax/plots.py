@@ -18,18 +18,21 @@ _COLOURS = ("#35618f", "#c8702a", "#4c8c57", "#8a4f7d")
 
 
 def speedups(records: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """Speed-up and tokens per target pass by method, grouped by temperature; lossy ones hatched.
+    """Speed-up and tokens per target pass by method; lossy ones hatched.
 
-    Tokens per pass with their intervals, where a record has one.
+    Grouped by temperature and, if there are several, by batch size. Tokens per pass with their
+    intervals, where a record has one.
 
     Args:
         records: in the order to draw; `decode/benchmark.py` says what one holds.
         path: the image to write.
     """
     temperatures = list(dict.fromkeys(r["temperature"] for r in records))
+    groups = [(r["batch_size"], r["temperature"]) for r in records]
+    has_sizes = len({batch_size for batch_size, _ in groups}) > 1
     place, at = [], 0.0
-    for i, record in enumerate(records):
-        at += 0.7 if i and record["temperature"] != records[i - 1]["temperature"] else 0.0
+    for i, group in enumerate(groups):
+        at += 0.7 if i and group != groups[i - 1] else 0.0
         place.append(at)
         at += 1.0
     colours = [_COLOURS[temperatures.index(r["temperature"]) % len(_COLOURS)] for r in records]
@@ -63,7 +66,8 @@ def speedups(records: Sequence[dict[str, Any]], path: str | Path) -> None:
 
     draw(panels[0], "speedup", "Speed-up over plain decoding")
     draw(panels[1], "mat", "Tokens per target pass")
-    panels[0].set_yticks(place, [r["method"] for r in records])
+    names = [r["method"] + (f", B={r['batch_size']}" if has_sizes else "") for r in records]
+    panels[0].set_yticks(place, names)
     panels[0].invert_yaxis()
     handles = [
         Patch(color=_COLOURS[i % len(_COLOURS)], label=f"temperature {t:g}")

@@ -1,14 +1,19 @@
-"""Every drafter with every verifier it is legal for: all laws are tested on each row added here."""
+"""Every drafter with every verifier that the laws allow: all laws are tested on each row here.
 
+`DEFAULTS` has a row for every drafter, with the verifier that suits it, and `CASES` all allowed
+pairs besides. Quick tests take the defaults and, of every law, one drafter with all verifiers.
+"""
+
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from specjax import engine
+from specjax import engine, testing
 from specjax.conformance import EOS_ID as EOS_ID
-from specjax.drafters import grow
+from specjax.drafters import adaptive, grow
 from specjax.drafters.cascade import cascade
 from specjax.drafters.combine import alternate, combine
 from specjax.drafters.corpus import Corpus, corpus
@@ -21,8 +26,11 @@ from specjax.drafters.lookahead import lookahead
 from specjax.drafters.lookup import lookup, reference
 from specjax.drafters.medusa import medusa
 from specjax.drafters.model import model
+from specjax.drafters.ngram import ngram
+from specjax.drafters.ngrammys import bigrams, ngrammys
 from specjax.drafters.none import none
 from specjax.drafters.quantized import int8, quantized
+from specjax.drafters.recycling import recycling
 from specjax.drafters.retrieval import retrieval
 from specjax.drafters.sparse import View, snapkv, sparse, streaming
 from specjax.drafters.speculative_jacobi import speculative_jacobi
@@ -30,6 +38,7 @@ from specjax.drafters.suffix import suffix
 from specjax.laboratory import transformer_pair
 from specjax.models.eagle import EagleHead, eagle3_head, eagle_head
 from specjax.models.hydra import HydraHeads, hydra_heads
+from specjax.models.intersection import intersected
 from specjax.models.medusa import MedusaHeads, medusa_heads
 from specjax.models.transformer import TransformerConfig
 from specjax.types import Drafter, Model, Params, PyTree, Verifier
@@ -93,31 +102,44 @@ def independent_model(build: grow.Builder) -> Callable[[], Drafter]:
 
 TREE = (-1, 0, 0, 1, 1, 2, 3)  # depth 3, uneven
 IID, WOR = grow.independent(), grow.without_replacement()
-# Whatever the verifier, a builder grows the same drafts: the quick tests take its first verifier.
-BUILDERS: dict[str, tuple[grow.Builder, tuple[Callable[[], Verifier], ...]]] = {
-    "chain best": (grow.chain(3, grow.best()), (match, rejection)),
-    "chain without_replacement": (grow.chain(3, WOR), (block, match, rejection)),
-    "chain coupled": (grow.chain(3, grow.coupled()), (match, rejection)),
-    "dynamic": (grow.dynamic(6, 2, 3), ()),
-    "tree best": (grow.static(TREE, grow.best()), (match, rejection)),
-    "tree without_replacement": (grow.static(TREE, WOR), (rejection, match, traversal)),
-    "tree independent": (grow.static(TREE, IID), (kseq, rejection)),
-    "tree hybrid": (grow.static(TREE, grow.hybrid()), (hybrid,)),
-    "paths": (grow.paths(2, 3, IID), (gbv, kseq)),
-    "paths merged": (grow.merged(grow.paths(2, 3, IID)), (traversal, rejection)),
+BUILDERS: dict[str, tuple[grow.Builder, Callable[[], Verifier]]] = {
+    "chain best": (grow.chain(3, grow.best()), match),
+    "chain without_replacement": (grow.chain(3, WOR), block),
+    "chain coupled": (grow.chain(3, grow.coupled()), match),
+    "chain that stops": (adaptive.chain(3, WOR, adaptive.confidence(0.45)), block),
+    "dynamic": (grow.dynamic(6, 2, 3), match),
+    "best_first": (adaptive.best_first(2, 2, 3, WOR), traversal),
+    "tree best": (grow.static(TREE, grow.best()), match),
+    "tree without_replacement": (grow.static(TREE, WOR), rejection),
+    "tree independent": (grow.static(TREE, IID), kseq),
+    "tree hybrid": (grow.static(TREE, grow.hybrid()), hybrid),
+    "paths": (grow.paths(2, 3, IID), gbv),
+    "paths merged": (grow.merged(grow.paths(2, 3, IID)), traversal),
 }
 
-CASES: dict[str, Case] = {
+DEFAULTS: dict[str, Case] = {
     "none/match": Case(none, match, nothing, "none"),
     "lookup/match": Case(lambda: lookup(3), match, nothing, "lookup"),
-    "lookup/rejection": Case(lambda: lookup(3, ngram=2), rejection, nothing, "lookup"),
 }
-SLOW = set()  # names of cases
-for _name, (_build, _verifiers) in BUILDERS.items():
-    _names = [f"model {_name}/{_verifier.__name__}" for _verifier in _verifiers]
-    for _case, _verifier in zip(_names, _verifiers, strict=True):
-        CASES[_case] = Case(independent_model(_build), _verifier, lambda: draft_model()[1], "model")
-    SLOW |= set(_names[1:])
+for _name, (_build, _verifier) in BUILDERS.items():
+    DEFAULTS[f"model {_name}/{_verifier.__name__}"] = Case(
+        independent_model(_build), _verifier, lambda: draft_model()[1], "model"
+    )
+
+
+@functools.cache
+def foreign_model() -> tuple[Model, PyTree]:
+    """Of six tokens, four of which are the target's."""
+    own, params = testing.tiny_model(6, seed=4)
+    return intersected(own, np.array([5, 0, -1, 2, 3])), params
+
+
+DEFAULTS["model of another vocabulary/rejection"] = Case(
+    lambda: model(foreign_model()[0], BUILDERS["tree without_replacement"][0]),
+    rejection,
+    lambda: foreign_model()[1],
+    "model of another vocabulary",
+)
 
 
 def heads_case(
@@ -135,7 +157,7 @@ def heads_case(
     )
 
 
-CASES |= {
+DEFAULTS |= {
     "medusa tree without_replacement/rejection": heads_case(
         medusa, MEDUSA, "tree without_replacement", rejection
     ),
@@ -153,7 +175,7 @@ CASES |= {
 
 # ------------------------------------------------------------------------------ by iteration
 
-CASES |= {
+DEFAULTS |= {
     "jacobi/match": Case(lambda: jacobi(3), match, nothing, "jacobi"),
     "speculative_jacobi coupled/match": Case(
         lambda: speculative_jacobi(target()[0], 3, grow.coupled()),
@@ -167,6 +189,20 @@ CASES |= {
     "lookahead/match": Case(lambda: lookahead(target()[0], 3, 3, 2), match, nothing, "lookahead"),
 }
 
+# ------------------------------------------------------------------------------ out of this text
+
+
+DEFAULTS |= {
+    "ngram/match": Case(lambda: ngram(3, order=3, num_slots=8), match, nothing, "ngram"),
+    "ngrammys/match": Case(
+        lambda: ngrammys(target()[0], 3, 2, num_matches=4),
+        match,
+        lambda: bigrams(*target(), 3),
+        "ngrammys",
+    ),
+    "recycling/match": Case(lambda: recycling(target()[0], TREE, 3), match, nothing, "recycling"),
+}
+
 # --------------------------------------------------------------------------- out of documents
 
 
@@ -176,7 +212,7 @@ def documents() -> Corpus:
     return corpus([rng.integers(0, VOCAB_SIZE, n) for n in (30, 1, 20)], VOCAB_SIZE, capacity=64)
 
 
-CASES |= {
+DEFAULTS |= {
     "reference/match": Case(lambda: reference(3), match, documents, "reference"),
     "retrieval/match": Case(
         lambda: retrieval(7, 3, longest=4, shortest=1, num_matches=6, vocab_size=VOCAB_SIZE),
@@ -208,7 +244,7 @@ def viewing(view: Callable[[Model], View], build: str, verifier: Callable[[], Ve
 
 
 STREAMING, SNAPKV = streaming(1, 3), snapkv(budget=3, window=2, refresh=3, pool=3)
-CASES |= {
+DEFAULTS |= {
     "layer_skip chain coupled/match": skipping("chain coupled", match),
     "layer_skip chain without_replacement/block": skipping("chain without_replacement", block),
     "sparse streaming tree without_replacement/rejection": viewing(
@@ -222,7 +258,6 @@ CASES |= {
         "quantized",
     ),
 }
-SLOW.add("layer_skip chain without_replacement/block")
 
 # ---------------------------------------------------------------------------- several in one
 
@@ -246,7 +281,7 @@ def of_second() -> PyTree:
     return (), draft_model()[1]
 
 
-CASES |= {
+DEFAULTS |= {
     "cascade of coupled match/match": Case(
         lambda: drafted_by_a_cascade(grow.coupled(), match), match, of_cascade, "cascade"
     ),
@@ -264,4 +299,49 @@ CASES |= {
         "horizontal",
     ),
 }
-SLOW |= {"cascade of coupled match/match", "alternate/traversal"}
+
+# ----------------------------------------------------------------------------- what is allowed
+
+VERIFIERS = (match, rejection, traversal, block, kseq, gbv, hybrid)
+OF_LAW = {  # one drafter of each law
+    "point": "lookup",
+    "chain": "model chain without_replacement",
+    "paths": "model paths",
+    "siblings": "model tree independent",
+    "hybrid": "model tree hybrid",
+    "general": "model tree without_replacement",
+    "coupled": "model chain coupled",
+}
+
+
+def drafter_of(name: str) -> str:
+    """Of a row's name."""
+    return name.rpartition("/")[0]
+
+
+def allowed() -> dict[str, Case]:
+    """Every drafter of the defaults with every verifier that is lossless for its law."""
+    laws = {name: set(case.drafter().proposal.laws) for name, case in DEFAULTS.items()}
+    return {
+        f"{drafter_of(name)}/{verifier.__name__}": case._replace(verifier=verifier)
+        for name, case in DEFAULTS.items()
+        for verifier in VERIFIERS
+        if laws[name] & set(verifier().laws)
+    }
+
+
+CASES = DEFAULTS | allowed()
+# Trees that differ from others' in little, and what is one more of its kind.
+LATER = {
+    "model chain best/match",
+    "model dynamic/match",
+    "model tree best/match",
+    "layer_skip chain without_replacement/block",
+    "cascade of coupled match/match",
+    "alternate/traversal",
+}
+SLOW = {
+    name
+    for name in CASES
+    if (name not in DEFAULTS or name in LATER) and drafter_of(name) not in OF_LAW.values()
+}

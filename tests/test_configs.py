@@ -9,18 +9,22 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from directories import ROOT, save_model
 from ml_collections import ConfigDict
 
-from decode import benchmark, generate, profile, verification
-from specjax import checkpoints, engine
+from decode import benchmark, drafting, generate, profile, verification
+from specjax import checkpoints, engine, sampling
 from specjax.build import build
+from specjax.data import tokenizers
+from specjax.drafters import corpus
 from specjax.models import hf_heads
 from specjax.models.eagle import eagle3_head
 from specjax.models.hydra import hydra_heads
 from specjax.models.medusa import medusa_heads
 from specjax.models.transformer import TransformerConfig, transformer
+from specjax.types import Decoder, Params
 
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.py"))
 TINY = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_layers": 1}
@@ -175,6 +179,84 @@ def test_verifiers(directories: tuple[str, str], tmp_path: Path) -> None:
         drafter, verifier = build(method.drafter, draft=draft), build(method.verifier)
         assert engine.decoder(target, drafter, verifier).lossless
     assert {name for pair in c.comparisons for name in pair} | {"none"} == set(c.methods)
+
+
+Strategies = tuple[ConfigDict, dict[str, tuple[Decoder, Params]]]
+
+
+@pytest.fixture(scope="module")
+def strategies(
+    directories: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Strategies:
+    """The config, and what it makes of tiny models."""
+    path = tmp_path_factory.mktemp("strategies")
+    c = shrink(load("configs/bench/strategies.py").get_config(), directories, path)
+    documents = [np.arange(i, i + 40, dtype=np.int32) for i in range(5)]
+    of_tokenizer = corpus.fingerprint(tokenizers.load(c.target).get_vocab())
+    corpus.save(corpus.corpus(documents, 300, tokenizer=of_tokenizer), path / "corpus")
+    c.methods["layer skip"].drafter.layers = (0,)
+    c.methods["streaming"].drafter.view.update(num_sinks=1, window=8)
+    c.methods["SnapKV"].drafter.view.update(budget=8, window=4)
+    models = checkpoints.load(c.target, c.drafts)
+    given = checkpoints.given(models.target, models.drafts)
+    found = {}
+    for name, method in c.methods.items():
+        if "decoder" in method:
+            decoder = build(method.decoder, **given, eos_ids=models.eos_ids)
+        else:
+            decoder = engine.decoder(
+                models.target, build(method.drafter, **given), build(method.verifier, **given)
+            )
+        weights, spec = method.get("weights"), method.get("drafter", method.get("decoder"))
+        if isinstance(weights, ConfigDict) and weights.call == "train.corpus.made":
+            weights.update(target=c.target, output=str(path / "corpus"))
+        found[name] = (
+            decoder,
+            checkpoints.params(models.target_params, models.drafts, spec, weights, models.target),
+        )
+    return c, found
+
+
+def test_strategies(strategies: Strategies) -> None:
+    """Two sizes of batches, and a switch, whose passes cannot be told apart."""
+    c = ConfigDict(strategies[0])
+    c.methods = {name: c.methods[name].to_dict() for name in ("none", "switch")}
+    c.update(batch_sizes=(1, 2), temperatures=(0.0,), costs=0.001)
+    records = benchmark.run(c)
+    assert [(r["method"], r["batch_size"]) for r in records] == [
+        (name, size) for size in (1, 2) for name in ("none", "switch")
+    ]
+    assert all(r["identical"] for r in records)
+    assert all(("verify_cost" in r) == (r["method"] == "none") for r in records)
+    page = (Path(c.output) / "results.md").read_text()
+    assert page.count("| switch |") == 2
+    assert "| B |" in page
+
+
+@pytest.mark.slow
+def test_every_strategy_steps(strategies: Strategies) -> None:
+    for name, (decoder, params) in strategies[1].items():
+        keys, ones = jax.random.split(jax.random.key(0), 2), np.ones(2, np.int32)
+        state = jax.eval_shape(
+            lambda d=decoder, k=keys, x=ones: d.init(k, sampling.sampling(2), x, 9 * x, 64)
+        )
+        assert jax.eval_shape(decoder.step, params, state)[0] == state, name
+
+
+def test_draft_free(tmp_path: Path) -> None:
+    c = load("configs/bench/draft_free.py").get_config()
+    assert set(c.methods) == set(load("configs/bench/strategies.py").DRAFT_FREE)
+    c.target.update(TINY)
+    c.update(output=str(tmp_path), repeats=1, seconds=0.001, prompt_length=8, max_length=64)
+    c.methods = {"suffix": c.methods["suffix"]}
+    c.methods["suffix"].weights.update(vocab_size=TINY["vocab_size"], num_tokens=2000)
+    (record,) = drafting.run(c)
+    assert record["num_nodes"] == 7
+    assert min(record[x] for x in ("microseconds", "share", "share_of_own")) > 0
+    assert (tmp_path / "results.md").read_text().count("\n| ") == 3
+    for wrong in ({"repeats": 0}, {"prompt_length": 33}, {"methods": {}}):
+        with pytest.raises(ValueError, match="need"):
+            drafting.run(ConfigDict({**c.to_dict(), **wrong}))
 
 
 def test_verification(tmp_path: Path) -> None:

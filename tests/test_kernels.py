@@ -1,5 +1,6 @@
 """The CPU kernels: right, the same for a row whatever its company, harmless where absent."""
 
+import contextlib
 import functools
 import logging
 import os
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from specjax import engine, testing
 from specjax.drafters import grow
@@ -532,6 +534,81 @@ def test_a_nan_is_no_choice() -> None:
     law = np.asarray(vocabulary.softmax(x))
     assert np.isnan(law[0]).all()
     np.testing.assert_allclose(law[1], 1 / 40)
+
+
+def _rows_to_sort(v: int) -> np.ndarray:
+    """[7, v]: at random, tied, partly and all of no weight, constant, rising and falling."""
+    rng = np.random.default_rng(v)
+    x = rng.normal(size=(7, v)).astype(np.float32)
+    x[1] = np.round(x[1] * 2) / 2 + 0.0  # XLA holds -0 for less than 0
+    x[2, ::3] = -np.inf
+    x[3], x[4] = -np.inf, 1.5
+    x[5] = np.sort(x[5])
+    x[6] = -x[5]
+    return x
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize(
+    ("v", "k"),
+    [
+        *((1, 1), (5, 1), (5, 3), (5, 5), (17, 16), (40, 40)),
+        *((129, 1), (300, 8), (4099, 40), (20000, 3)),
+    ],
+)
+def test_the_largest_are_those_of_jax(v: int, k: int, kernels: bool) -> None:
+    """Fewer than lanes and than a stretch of them, and rows enough for several threads."""
+    x = _rows_to_sort(v)
+    with contextlib.nullcontext() if kernels else native.disabled():
+        found = vocabulary.largest(x, k)
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, lax.top_k(x, k)[1])
+    np.testing.assert_array_equal(found, np.argsort(-x, -1, kind="stable")[:, :k])
+
+
+def test_the_largest_of_rows_on_several_axes() -> None:
+    rows = _rows_to_sort(70)
+    x = np.stack([rows, np.minimum(rows, 0.3), rows[::-1]])
+    expected = np.argsort(-x, -1, kind="stable")[..., :9]
+    largest = functools.partial(vocabulary.largest, k=9)
+    np.testing.assert_array_equal(largest(x[None]), expected[None])
+    np.testing.assert_array_equal(largest(x[0, 0]), expected[0, 0])
+    np.testing.assert_array_equal(jax.vmap(largest)(x), expected)
+    np.testing.assert_array_equal(jax.jit(jax.vmap(jax.vmap(largest), 1, 1))(x), expected)
+    halves = x.astype(jnp.bfloat16)
+    expected = np.argsort(-halves.astype(np.float32), -1, kind="stable")[..., :9]
+    np.testing.assert_array_equal(largest(halves), expected)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_the_largest_beside_nan_are_ids(kernels: bool) -> None:
+    """Any, but different ones; other rows do not notice."""
+    x = _rows_to_sort(300)
+    expected = np.argsort(-x, -1, kind="stable")[:, :20]
+    x[1, 0] = x[2, 299] = x[3, 130:200] = x[4] = np.nan
+    with contextlib.nullcontext() if kernels else native.disabled():
+        found = np.asarray(vocabulary.largest(x, 20))
+    spared = [0, 5, 6]
+    np.testing.assert_array_equal(found[spared], expected[spared])
+    assert ((found >= 0) & (found < 300)).all()
+    assert all(len(set(row)) == 20 for row in found.tolist())
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_more_than_all_are_refused(kernels: bool) -> None:
+    with (
+        contextlib.nullcontext() if kernels else native.disabled(),
+        pytest.raises(ValueError, match="The 6 largest of 5 entries"),
+    ):
+        vocabulary.largest(jnp.zeros((2, 5)), 6)
+
+
+@_NEEDS_COMPILER
+def test_the_largest_are_found_by_the_kernel() -> None:
+    """By one call for all rows that `vmap` adds."""
+    search = jax.jit(jax.vmap(lambda x: vocabulary.largest(x, 2)))
+    text = search.lower(jnp.zeros((3, 4, 50))).compile().as_text()
+    assert text.count(f'custom_call_target="{native.TOP_K}"') == 1
 
 
 @_NEEDS_COMPILER

@@ -9,17 +9,30 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, EOS_ID, SLOW, TREE, VOCAB_SIZE, Case, draft_model, target
+from cases import (
+    CASES,
+    DEFAULTS,
+    EOS_ID,
+    OF_LAW,
+    SLOW,
+    TREE,
+    VERIFIERS,
+    VOCAB_SIZE,
+    Case,
+    draft_model,
+    target,
+)
 from faults import instead, misreported, without_residual
 
 from specjax import cache as caches
-from specjax import conformance, engine, testing
+from specjax import conformance, drafters, engine, testing, verifiers
 from specjax.conformance import ROWS, SLOTS, Batch, Program
 from specjax.drafters import grow
 from specjax.drafters.model import model
@@ -30,6 +43,7 @@ from specjax.laboratory import Check, Pair, Parts, transformer_pair
 from specjax.models.transformer import TransformerConfig, transformer
 from specjax.sampling import sampling
 from specjax.types import (
+    LAWS,
     Array,
     Cache,
     Decoder,
@@ -360,7 +374,7 @@ def test_one_trace_serves_all_requests(program: Program) -> None:
 
 # -------------------------------------------------------------------------------- 6: forced history
 
-REPRESENTATIVE = {case.kind: name for name, case in CASES.items()}  # the last of every kind
+REPRESENTATIVE = {case.kind: name for name, case in DEFAULTS.items()}  # the last of every kind
 
 
 @pytest.mark.parametrize("kind", REPRESENTATIVE)
@@ -413,28 +427,43 @@ def known(state: DecodeState) -> list[np.ndarray]:
 @pytest.mark.parametrize("kind", REPRESENTATIVE)
 def test_state_shapes_do_not_depend_on_the_tree(kind: str) -> None:
     """Law 7: a scheduler may switch trees between steps."""
-    drafters = [case.drafter() for case in CASES.values() if case.kind == kind]
+    drafters = [case.drafter() for case in DEFAULTS.values() if case.kind == kind]
     shapes = [jax.eval_shape(lambda d=d: d.init(3, SLOTS)) for d in drafters]
     assert all(shape == shapes[0] for shape in shapes)
 
 
 def test_kinds_have_several_trees() -> None:
-    trees = {case.drafter().proposal for case in CASES.values() if case.kind == "model"}
+    trees = {case.drafter().proposal for case in DEFAULTS.values() if case.kind == "model"}
     assert len(trees) > 3
 
 
-def test_quick_cases_have_every_kind_and_verifier() -> None:
-    quick = [case for name, case in CASES.items() if name not in SLOW]
-    assert {case.kind for case in quick} == set(REPRESENTATIVE)
-    assert {case.verifier for case in quick} == {case.verifier for case in CASES.values()}
-    assert len(SLOW) < len(CASES) / 2
+def test_quick_cases_have_every_kind_and_every_verifier_of_a_law() -> None:
+    """A drafter stands for its law with all verifiers that declare it."""
+    quick = [name for name in CASES if name not in SLOW]
+    assert {CASES[name].kind for name in quick} == set(REPRESENTATIVE)
+    assert set(OF_LAW) == set(LAWS)
+    for law, drafter in OF_LAW.items():
+        declaring = {rule.__name__ for rule in VERIFIERS if law in rule().laws}
+        assert {f"{drafter}/{rule}" for rule in declaring} <= set(quick), law
+
+
+def test_verifiers_are_all_there_are() -> None:
+    files = {path.stem for path in Path(verifiers.__file__).parent.glob("*.py")}
+    assert files - {"__init__", "descent"} == {rule.__name__ for rule in VERIFIERS}
+
+
+def test_drafters_are_all_there_are() -> None:
+    """No drafter is exempt."""
+    files = {path.stem for path in Path(drafters.__file__).parent.glob("*.py")}
+    shared = {"__init__", "adaptive", "corpus", "grow", "self_speculation", "trie"}
+    assert files - shared <= {kind.split()[0] for kind in REPRESENTATIVE}
 
 
 def names(function: Any) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", DEFAULTS)
 def test_protocol(name: str) -> None:
     """Law 10, and the shapes that a proposal promises."""
     case = CASES[name]

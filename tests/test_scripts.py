@@ -18,8 +18,10 @@ from ml_collections import ConfigDict
 from configs import generate as generate_config
 from configs.bench import demo
 from decode import benchmark, generate
-from specjax import engine, prompts
-from specjax.build import build
+from specjax import checkpoints, engine, prompts
+from specjax.build import build, mentions
+from specjax.data import tokenizers
+from specjax.drafters import corpus as corpora
 from specjax.models import hf, hf_heads
 from specjax.models.eagle import eagle3_head, eagle_head
 from specjax.models.hydra import hydra_heads
@@ -170,6 +172,37 @@ def test_generate_drafts_in_another_vocabulary(
     out, err = capsys.readouterr()
     assert out == plain
     assert re.search(r"other has another vocabulary; it drafts the \d+ tokens that it shares", err)
+
+
+def test_generate_has_drafters_without_a_draft(
+    directories: Directories, capsys: pytest.CaptureFixture
+) -> None:
+    """All that the config names can be built; one that reads documents runs."""
+    made = corpora.corpus(
+        [np.arange(300, dtype=np.int32)],
+        300,
+        tokenizer=corpora.fingerprint(tokenizers.load(directories.target).get_vocab()),
+    )
+    documents = directories.path / "corpus"
+    corpora.save(made, documents)
+    c = config(directories, draft="", corpus=str(documents), layers=(0,))
+    models = checkpoints.load(c.target)
+    for name, spec in c.drafters.items():
+        c.drafter = name
+        if not mentions(spec, "draft"):
+            assert generate._decoder(c, models)[0].lossless, name
+    c.drafter = "none"
+    generate.main(c)
+    plain = capsys.readouterr().out
+    c.drafter = "retrieval"
+    generate.main(c)
+    assert capsys.readouterr().out == plain
+    c.corpus = ""
+    with pytest.raises(ValueError, match="needs @corpus, but none was given"):
+        generate.main(c)
+    c.update(drafter="layer_skip", layers=())
+    with pytest.raises(ValueError, match="needs @layers, but none was given"):
+        generate.main(c)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import numpy as np
 import tokenizers as hf_tokenizers
 from ml_collections import ConfigDict
 
+from configs.train import corpus as default
 from specjax import scripts
 from specjax.data import sources, tokenizers
 from specjax.drafters import corpus
@@ -57,6 +58,19 @@ def main(c: ConfigDict) -> None:
     size = sum(file.stat().st_size for file in Path(c.output).iterdir())
     seconds = time.perf_counter() - start
     print(f"{num_tokens} tokens, {size / 1e6:.1f} MB, in {seconds:.0f} s: {c.output}.")
+
+
+def made(target: str, output: str) -> corpus.Corpus:
+    """The corpus in `output`, made as configs/train/corpus.py says if it is not there.
+
+    Raises:
+        ValueError: one that is damaged, or made with another tokenizer than the target's.
+    """
+    if not Path(output).exists():
+        c = default.get_config()
+        c.update(target=target, output=output)
+        main(c)
+    return corpus.load(output, corpus.fingerprint(tokenizers.load(target).get_vocab()))
 
 
 def _encoded(

@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
     c.num_prompts = 16
     c.prompt_length = 128  # tokens of a window
     c.max_new_tokens = 64
-    c.batch_size = 1
+    c.batch_sizes = (1,)
     c.repeats = 3
     c.seed = 0
     c.temperatures = (0.0, 1.0)

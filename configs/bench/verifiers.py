@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
     c = demo.get_config()
     c.output = "runs/verifiers"
     c.num_prompts = 192
-    c.batch_size = 16  # rows of a pass; what they accept does not depend on it
+    c.batch_sizes = (16,)  # rows of a pass; what they accept does not depend on it
     c.repeats = 1
     c.temperatures = demo.SAMPLED
     c.methods = ConfigDict(sort_keys=False)  # the first is the baseline

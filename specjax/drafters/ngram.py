@@ -25,8 +25,8 @@ class NgramState:
     The slots of order n begin at (n - 2) H. A slot holds one pair of a context and the token that
     followed, and how often it was seen more than others that fell there: seen again, its count goes
     up; another pair, of the same context or not, takes it down by one, and takes the slot when that
-    leaves nothing. So of a context's tokens the most frequent stays and of equals the latest, and
-    what is no longer seen gives way.
+    leaves nothing. So a token that follows its context more often than not stays, of tokens that
+    take turns the latest does, and what is no longer seen gives way.
     """
 
     table: Array  # [B, (order - 1) H, 3] int32: the context's fingerprint, the token, the count

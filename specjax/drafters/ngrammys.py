@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from specjax import trees
@@ -53,7 +54,8 @@ def ngrammys(
             there are paths.
 
     Raises:
-        ValueError: nothing to draft or to draft it from, more bigrams than there are tokens.
+        ValueError: nothing to draft or to draft it from, more paths than matches and bigrams make,
+            more bigrams than there are tokens.
     """
     width = num_paths if num_bigrams is None else num_bigrams
     least = min(num_paths, num_tokens, ngram, num_matches, width)
@@ -62,6 +64,11 @@ def ngrammys(
             f"ngrammys(num_paths={num_paths}, num_tokens={num_tokens}, ngram={ngram}, "
             f"num_matches={num_matches}, num_bigrams={width}) has nothing to draft; all must be at "
             "least 1."
+        )
+    if num_paths > num_matches + width:
+        raise ValueError(
+            f"ngrammys drafts {num_paths} paths but {num_matches} matches and {width} bigrams make "
+            f"{num_matches + width} at most; ask for fewer."
         )
     if width > target.vocab_size:
         raise ValueError(
@@ -77,9 +84,9 @@ def ngrammys(
     def propose(params: Params, rng_keys: Keys, state: Any, context: Context) -> tuple[Draft, Any]:
         del rng_keys
         table = params.drafter
-        if table.shape != (target.vocab_size, width):
+        if np.shape(table) != (target.vocab_size, width):
             raise ValueError(
-                f"The table of bigrams has shape {table.shape}; ngrammys needs "
+                f"The table of bigrams has shape {np.shape(table)}; ngrammys needs "
                 f"{(target.vocab_size, width)}."
             )
         root = trees.root(context)

@@ -14,6 +14,7 @@ import numpy as np
 
 from specjax import trees
 from specjax.kernels.vocabulary import largest
+from specjax.theory import best_tree
 from specjax.types import Array, Context, Draft, Drafter, Keys, Model, Outcome, Params, Proposal
 
 
@@ -113,3 +114,36 @@ def destinations(outcome: Outcome, vocab_size: int) -> Array:
     later = np.triu(np.ones((n, n), bool), 1)  # [x, y]: y stands behind x
     again = (draft.tokens[:, :, None] == draft.tokens[:, None]) & is_new[:, None] & later
     return jnp.where(is_new & ~again.any(2), draft.tokens, vocab_size + node)
+
+
+def tree(num_nodes: int, depth: int, k: int = 8) -> tuple[int, ...]:
+    """The static tree of most expected tokens where successors are right with falling chances.
+
+    The target's token is taken to be among the first r successors with probability r / (r + 1),
+    and so the r-th with 1 / (r (r + 1)), whatever went before.
+
+    Args:
+        num_nodes: N, the root included; fewer where a chain is so long that rounding hides the
+            worth of its end.
+        depth: levels below the root at most.
+        k: children of a node at most.
+
+    Returns:
+        The parents, breadth first.
+
+    Raises:
+        ValueError: nothing below the root, more nodes than such trees have.
+    """
+    if num_nodes < 2 or depth < 1 or k < 1:
+        raise ValueError(
+            f"tree(num_nodes={num_nodes}, depth={depth}, k={k}) has nothing below its root; they "
+            "must be at least 2, 1 and 1."
+        )
+    most = sum(k**level for level in range(depth + 1))
+    if num_nodes > most:
+        raise ValueError(
+            f"A tree of {num_nodes} nodes was asked for but one of depth {depth} with {k} children "
+            f"of a node has {most} at most; ask for fewer."
+        )
+    acceptance = [1 / (r * (r + 1)) for r in range(1, k + 1)]
+    return best_tree(acceptance, num_nodes, depth)[1]
