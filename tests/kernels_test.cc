@@ -2,15 +2,17 @@
 //
 //     kernels_test THREADS CALLERS ROUNDS
 //
-// CALLERS threads at once check ROUNDS random calls each, of products and of attention, against sums
-// in double. Ends with 1 and one line at the first mismatch.
+// CALLERS threads at once check ROUNDS random calls each: of products and of attention against sums
+// in double, of the largest against a sort. Ends with 1 and one line at the first mismatch.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <random>
 #include <string>
 #include <thread>
@@ -18,6 +20,7 @@
 
 #include "../specjax/kernels/cpu/attention.h"
 #include "../specjax/kernels/cpu/linear.h"
+#include "../specjax/kernels/cpu/vocabulary.h"
 
 namespace specjax {
 namespace {
@@ -487,6 +490,44 @@ void CheckPlaces(Random& random, int64_t threads) {
   }
 }
 
+// -------------------------------------------------------------------------------------- vocabulary
+
+void CheckLargest(Random& random, int64_t threads) {
+  const int64_t rows = random.Int(0, 6), size = random.Int(1, random.Bool() ? 40 : 1000);
+  const int64_t k = random.Int(0, 3) ? std::min(size, random.Int(1, 20)) : random.Int(1, size);
+  Array<float> x(random, rows * size);
+  Array<int32_t> ids(random, rows * k);
+  Fill(random, x);
+  const int64_t kind = random.Int(0, 4);
+  for (int64_t i = 0; i < x.size; ++i) {
+    if (kind == 1) x[i] = std::round(x[i]);  // ties
+    if (kind == 2 && random.Bool()) x[i] = -std::numeric_limits<float>::infinity();
+    if (kind == 3) x[i] = static_cast<float>(i);  // every number is larger than those before it
+  }
+  if (kind == 4) Spoil(random, x);
+  LargestIds(threads, rows, size, k, x.data(), ids.data());
+  if (!ids.Intact()) Fail("largest: written before the result");
+  std::vector<float> row(size);
+  std::vector<int32_t> order(size);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t i = 0; i < size; ++i) {
+      const float number = x[r * size + i];
+      row[i] = std::isnan(number) ? -std::numeric_limits<float>::infinity() : number;
+    }
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return row[a] > row[b]; });
+    for (int64_t i = 0; i < k; ++i) {
+      if (ids[r * k + i] != order[i]) {
+        char name[160];
+        std::snprintf(name, sizeof(name), "largest: [%d, %d] is %d, not %d: rows %d, size %d, k %d",
+                      static_cast<int>(r), static_cast<int>(i), ids[r * k + i], order[i],
+                      static_cast<int>(rows), static_cast<int>(size), static_cast<int>(k));
+        Fail(name);
+      }
+    }
+  }
+}
+
 void Check(uint64_t seed, int64_t threads, int64_t rounds) {
   Random random(seed);
   for (int64_t round = 0; round < rounds; ++round) {
@@ -497,6 +538,7 @@ void Check(uint64_t seed, int64_t threads, int64_t rounds) {
     CheckAttention<BFloat16>(random, threads);
     CheckPlaces<float>(random, threads);
     CheckPlaces<BFloat16>(random, threads);
+    CheckLargest(random, threads);
   }
 }
 

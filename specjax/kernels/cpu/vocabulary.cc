@@ -1,9 +1,10 @@
 // Argmax, the k largest and softmax of rows over a vocabulary.
 
+#include "vocabulary.h"
+
 #include <cmath>
 #include <cstdint>
-#include <limits>
-#include <vector>
+#include <cstring>
 
 #include "threads.h"
 #include "vector.h"
@@ -15,8 +16,6 @@ namespace specjax {
 namespace {
 
 constexpr int64_t kAlone = 1 << 16;  // numbers that are not worth a second thread
-constexpr int64_t kStretch = 8 * kLanes;  // numbers compared at once with the least of the k largest
-constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 using F32 = ffi::Buffer<ffi::F32>;
 
@@ -82,49 +81,11 @@ ffi::Error Argmax(ffi::ThreadPool pool, F32 x, F32 noise, ffi::ResultBuffer<ffi:
   return ffi::Error::Success();
 }
 
-inline bool Any(const Index& is) {
-  int64_t words[sizeof(Index) / sizeof(int64_t)], any = 0;
-  std::memcpy(words, &is, sizeof(is));
-  for (int64_t word : words) any |= word;
-  return any != 0;
-}
-
-// The ids of the k largest numbers of each row, the largest first, of equals the lowest id first.
-// NaN counts as the least of numbers.
 ffi::Error TopK(ffi::ThreadPool pool, F32 x, ffi::ResultBuffer<ffi::S32> ids) {
   const int64_t size = x.dimensions().back(), k = ids->dimensions().back();
   const int64_t rows = k ? ids->element_count() / k : 0;
   const int64_t threads = rows * size > kAlone ? pool.num_threads() : 1;
-  Team::For(threads, rows, [&](int64_t row) {
-    const float* xs = x.typed_data() + row * size;
-    int32_t* found = ids->typed_data() + row * k;
-    std::vector<float> top(k);
-    // Puts a number behind those that are no less; the one at `place` goes.
-    auto insert = [&](int64_t id, float number, int64_t place) {
-      for (; place > 0 && top[place - 1] < number; --place) {
-        top[place] = top[place - 1];
-        found[place] = found[place - 1];
-      }
-      top[place] = number;
-      found[place] = static_cast<int32_t>(id);
-    };
-    for (int64_t i = 0; i < k; ++i) insert(i, xs[i] != xs[i] ? kNothing : xs[i], i);
-    auto compare = [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        if (xs[i] > top[k - 1]) insert(i, xs[i], k - 1);
-      }
-    };
-    int64_t i = k;
-    for (; i + kStretch <= size; i += kStretch) {
-      Vector peak = Vector{} + kNothing;
-      for (int64_t j = 0; j < kStretch; j += kLanes) {
-        const Vector next = Load(xs + i + j);
-        peak = next > peak ? next : peak;
-      }
-      if (Any(peak > top[k - 1])) compare(i, i + kStretch);
-    }
-    compare(i, size);
-  });
+  LargestIds(threads, rows, size, k, x.typed_data(), ids->typed_data());
   return ffi::Error::Success();
 }
 
