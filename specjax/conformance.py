@@ -5,6 +5,7 @@ trees and drafts says what greedy rows write, and under a drafter-invariant rule
 exact enumeration of the target says how often each text is written.
 """
 
+import copy
 import functools
 import zlib
 from collections.abc import Callable
@@ -20,11 +21,20 @@ from specjax.interruption import MOST, RECOVERY, InterruptedState, Interruptible
 from specjax.laboratory import Check, Factory, Parts, build_decoder, checked, transformer_pair
 from specjax.models.transformer import forward
 from specjax.sampling import sampling
-from specjax.types import Array, Cache, Decoder, DecodeState, Params, Sampling
+from specjax.types import (
+    Array,
+    Cache,
+    Decoder,
+    DecodeState,
+    Params,
+    Sampling,
+    StepInfo,
+    Verifier,
+)
 
 # ------------------------------------------------------------------------------- one large batch
 
-ROWS, SLOTS = 1024, 20  # of every batch: rows, buffer
+ROWS, SLOTS = 512, 20  # of every batch: rows, buffer
 WIDTH = 8  # the longest prompt
 EOS_ID = 4
 
@@ -67,15 +77,42 @@ class Program:
         drafter, weights, verifier = self.parts
         parts = Parts(interruptible(drafter), Interruptible(weights, jnp.int32(0)), verifier)
         decoder, self.params = build_decoder(lambda _: parts, self.pair, eos_ids)
-        self.num_traces = 0
+        self._traced: list[Any] = []
         self.decoder: Decoder = decoder._replace(step=self._counted(decoder))
 
     def _counted(self, decoder: Decoder) -> Callable:
         def step(params: Params, state: DecodeState) -> Any:
-            self.num_traces += 1
-            return decoder.step(params, state)
+            after, info = decoder.step(params, state)
+            self._traced.append(jax.tree.map(jax.typeof, (after, info)))
+            return after, info
 
         return step
+
+    @property
+    def num_traces(self) -> int:
+        """How often its step was traced."""
+        return len(self._traced)
+
+    @property
+    def shapes(self) -> tuple[DecodeState, StepInfo]:
+        """Of what a step returns, once it was traced."""
+        shapes: tuple[DecodeState, StepInfo] = self._traced[-1]
+        return shapes
+
+    def judged_by(self, name: str, which: int, verifier: Verifier) -> "Program":
+        """The same compiled program with `which` for the verifier's weights.
+
+        Args:
+            name: of the new case.
+            which: of several verifiers, among which this program's chooses by `params.verifier`.
+            verifier: that one, for what it promises.
+        """
+        other = copy.copy(self)
+        other.__dict__.pop("result", None)
+        other.name = name
+        other.parts = self.parts._replace(verifier=verifier)
+        other.params = self.params._replace(verifier=jnp.int32(which))
+        return other
 
     def decode(self, batch: Batch, params: Params | None = None) -> Result:
         params = self.params if params is None else params

@@ -195,6 +195,7 @@ class _Run(NamedTuple):
     states: DecodeState  # [R, ...]
     weight: np.ndarray  # [R]
     gained: np.ndarray  # [R], tokens
+    origin: np.ndarray  # [R], the frontier's row that each comes from
     cells: _Cells
     again: np.ndarray  # [R, W] bool, drawn from twice within the step
 
@@ -243,11 +244,12 @@ class _Bench:
             total = np.bincount(merged, weight, len(first))
             run = self.follow(advance, states, _Frontier(total, group[first], _take(kept, first)))
             shared = self._sites.index("shared") if "shared" in self._sites else -1
-            dropped = np.unique(cells.ids[~again & (cells.site != shared) & (cells.ids > 0)])
-            missed = np.intersect1d(dropped, run.cells.ids)
-            if not len(missed):
+            dropped = ~again & (cells.site != shared) & (cells.ids > 0)
+            # By rows: what one has dropped another may draw from for the first time.
+            missed = dropped & np.isin(_owned(merged, cells.ids), _owned(run.origin, run.cells.ids))
+            if not missed.any():
                 return run, again
-            again |= np.isin(cells.ids, missed)
+            again |= missed
 
     def follow(
         self,
@@ -274,7 +276,7 @@ class _Bench:
             length = np.asarray(states.context.length)[start.state[origin]]
             cells, again = _take((self._cells, self._again), slice(count))
             gained = np.asarray(after.context.length) - length
-            runs.append(_Run(after, weight, gained, cells, again))
+            runs.append(_Run(after, weight, gained, origin, cells, again))
         width = max(run.cells.ids.shape[1] for run in runs)
         padded = [
             run._replace(
@@ -420,6 +422,13 @@ def _names(data: np.ndarray, offset: np.ndarray, turn: int) -> np.ndarray:
         mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         mixed ^= mixed >> np.uint64(31)
     return mixed
+
+
+def _owned(owner: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """64 bits [R, W] that tell numbers [R, W] of one owner [R] from those of another."""
+    offset = np.broadcast_to(owner[:, None], ids.shape)
+    words = np.stack([ids >> np.uint64(32), ids & np.uint64(0xFFFFFFFF)], -1)
+    return _names(words, offset, 0)
 
 
 # ------------------------------------------------------------------------------------ rows of trees

@@ -135,7 +135,7 @@ def foreign_model() -> tuple[Model, PyTree]:
 
 
 DEFAULTS["model of another vocabulary/rejection"] = Case(
-    lambda: model(foreign_model()[0], BUILDERS["tree without_replacement"][0]),
+    lambda: model(foreign_model()[0], BUILDERS["chain without_replacement"][0]),
     rejection,
     lambda: foreign_model()[1],
     "model of another vocabulary",
@@ -250,7 +250,7 @@ DEFAULTS |= {
     "sparse streaming tree without_replacement/rejection": viewing(
         STREAMING, "tree without_replacement", rejection
     ),
-    "sparse snapkv tree best/match": viewing(SNAPKV, "tree best", match),
+    "sparse snapkv chain coupled/match": viewing(SNAPKV, "chain coupled", match),
     "quantized chain coupled/match": Case(
         lambda: quantized(target()[0], BUILDERS["chain coupled"][0]),
         match,
@@ -336,6 +336,8 @@ LATER = {
     "model chain best/match",
     "model dynamic/match",
     "model tree best/match",
+    "model paths merged/traversal",
+    "eagle3 of three tokens, chain without_replacement/rejection",
     "layer_skip chain without_replacement/block",
     "cascade of coupled match/match",
     "alternate/traversal",

@@ -60,7 +60,7 @@ def shrink_drafter(drafter: ConfigDict) -> None:
     build = drafter
     while "build" in build:  # a drafter's, and what `merged` joins
         build = build.build
-    if "parents" in build:
+    if isinstance(build.get("parents"), tuple):
         build.parents = (-1, 0, 0, 1)
     elif "num_tokens" in build:
         build.num_tokens = 2
@@ -96,7 +96,7 @@ def test_demo(directories: tuple[str, str], tmp_path: Path) -> None:
     given = checkpoints.given(models.target, models.drafts)
     for name, method in list(c.methods.items()):
         assert build(method.drafter, **given)
-        if name not in ("none", "lookup", "hydra", *pair):
+        if name not in ("none", "lookup", *pair):
             del c.methods[name]
     records = benchmark.run(c)
     wanted = [(n, t) for t in c.temperatures for n, m in c.methods.items() if t in m.temperatures]
@@ -219,15 +219,16 @@ def strategies(
 
 def test_strategies(strategies: Strategies) -> None:
     """Two sizes of batches, and a switch, whose passes cannot be told apart."""
-    c = ConfigDict(strategies[0])
-    c.methods = {name: c.methods[name].to_dict() for name in ("none", "switch")}
-    c.update(batch_sizes=(1, 2), temperatures=(0.0,), costs=0.001)
+    c, names = strategies[0], ("none", "switch")
+    for name in set(c.methods) - set(names):
+        del c.methods[name]
+    c.methods.switch.temperatures = c.methods.none.temperatures = c.temperatures = (0.0,)
+    c.update(batch_sizes=(1, 2), costs=0.0)
     records = benchmark.run(c)
     assert [(r["method"], r["batch_size"]) for r in records] == [
-        (name, size) for size in (1, 2) for name in ("none", "switch")
+        (name, size) for size in (1, 2) for name in names
     ]
     assert all(r["identical"] for r in records)
-    assert all(("verify_cost" in r) == (r["method"] == "none") for r in records)
     page = (Path(c.output) / "results.md").read_text()
     assert page.count("| switch |") == 2
     assert "| B |" in page

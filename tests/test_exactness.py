@@ -269,6 +269,7 @@ def test_no_rule_beats_the_bound_on_independent_siblings(
             assert accepted[name] == pytest.approx(float(expected), abs=within), name
 
 
+@pytest.mark.slow
 def test_formulas_of_distinct_siblings() -> None:
     siblings = (-1, 0, 0)
     drawn = enumerator("rejection", grow.static(siblings, grow.without_replacement()), 4)
@@ -338,6 +339,15 @@ def test_equal_keys_are_one_number() -> None:
     check = exactness.enumeration(factory, pair)
     assert not check.passed
     assert "draft: drew again from one key" in check.verdict
+
+
+@pytest.mark.slow
+def test_what_one_row_drew_from_is_new_to_another() -> None:
+    """After three steps rows stand where others have stood before: that is no second draw."""
+    check = exactness.enumeration(
+        proposing("chain", rejection()), tabular_pair(), horizon=4, num_steps=3
+    )
+    assert check.passed, check.verdict
 
 
 def test_probabilities_of_all_outcomes_sum_to_one() -> None:

@@ -366,6 +366,11 @@ def test_text_has_the_targets_law(make: Callable, rule: Callable, num_steps: int
         (lambda x: lookahead(x, 3, 1, 2), "ngram=1, .* at least 1, 2 and 1"),
         (lambda x: lookahead(x, 3, 3, 0), "num_guesses=0.* at least 1, 2 and 1"),
         (lambda x: lookahead(x, 3, 3, 2, 0), "pool_size is 0; .* at least 1 place"),
+        (lambda x: jacobi(4).init(2, 4), "jacobi's window reaches 4 tokens .* buffer holds 4"),
+        (
+            lambda x: speculative_jacobi(x, 9, WOR).init(2, 8),
+            "speculative_jacobi's window reaches 9 tokens .* but the buffer holds 8",
+        ),
         (lambda x: lookahead(x, 3, 4, 2).init(2, 5), "reaches 5 tokens .* but the buffer holds 5"),
     ],
 )

@@ -853,6 +853,7 @@ def test_kernels_can_be_left_out_of_a_trace() -> None:
     assert native.LINEAR in text()
 
 
+@pytest.mark.slow
 @_NEEDS_COMPILER
 def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
     """Beside what a process that was killed has left; unoptimised, which takes less time."""

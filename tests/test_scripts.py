@@ -224,7 +224,7 @@ def test_generate_has_drafters_without_a_draft(
         ({"batch_size": 0}, "batch_size is 0"),
         ({"steps_per_call": 0}, "steps_per_call is 0"),
         ({"drafter": "guess"}, "drafter is 'guess'; need one of"),
-        ({"drafter": "model", "draft": ""}, "needs a draft"),
+        ({"drafter": "model", "draft": ""}, "needs @draft"),
         ({"drafter": "eagle"}, "drafter is 'eagle' but .* holds one for 'model'"),
         ({"draft": "wide heads"}, "hidden size 8, but the target's is 16"),
         ({"verifier": "hope"}, "specjax.verifiers.hope.hope"),
@@ -257,7 +257,7 @@ def test_generate_refuses(
         ({"repeats": 0}, "repeats is 0"),
         ({"num_prompts": 0}, "0 prompts"),
         ({"prompt_length": CONTEXT}, f"context is {CONTEXT}"),
-        ({"drafts": {"draft": ""}}, "needs a draft"),
+        ({"drafts": {"draft": ""}}, "needs @draft"),
     ],
     ids=str,
 )

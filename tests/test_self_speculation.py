@@ -595,7 +595,8 @@ def test_calibrate_refuses(directory: str, tmp_path: Path) -> None:
         ({"methods.draft_and_verify.window": 99}, "window of 99 of 40"),
     ]
     for options, says in wrong:
-        c = calibration_config(directory, tmp_path / "never.json", **options)
+        c = calibration_config(directory, tmp_path / "never.json")
+        c.update_from_flattened_dict(options)
         with pytest.raises(ValueError, match=says):
             calibrate.main(c)
     assert list(tmp_path.iterdir()) == []

@@ -26,6 +26,24 @@ class JacobiState:
     tokens: Array  # [B, n] int32, -1 where not known
 
 
+def check_window(drafter: str, reach: int, max_length: int) -> None:
+    """Refuses a window that no buffer of that length holds.
+
+    Args:
+        drafter: its name.
+        reach: tokens beyond the root.
+        max_length: S.
+
+    Raises:
+        ValueError: with the root it does not fit.
+    """
+    if reach >= max_length:
+        raise ValueError(
+            f"{drafter}'s window reaches {reach} tokens beyond the root but the buffer holds "
+            f"{max_length}; raise max_length or narrow the window."
+        )
+
+
 def swept(outcome: Outcome, tokens: Array) -> tuple[Array, Array]:
     """What a pass says about the window that follows its verdict.
 
@@ -65,13 +83,13 @@ def jacobi(num_tokens: int) -> Drafter:
     """Drafts a window of `num_tokens` guesses as a chain.
 
     Raises:
-        ValueError: fewer than one token.
+        ValueError: fewer than one token; in `init`, a window that no buffer of that length holds.
     """
     if num_tokens < 1:
         raise ValueError(f"jacobi(num_tokens={num_tokens}) has no window; it must be at least 1.")
 
     def init(batch_size: int, max_length: int) -> JacobiState:
-        del max_length
+        check_window("jacobi", num_tokens, max_length)
         return JacobiState(jnp.full((batch_size, num_tokens), -1, jnp.int32))
 
     def propose(

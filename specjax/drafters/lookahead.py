@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax import trees
+from specjax.drafters.jacobi import check_window
 from specjax.drafters.trie import same_beginnings
 from specjax.kernels.vocabulary import argmax
 from specjax.types import Array, Context, Draft, Drafter, Keys, Model, Outcome, Params, Proposal
@@ -131,11 +132,7 @@ def lookahead(
     is_live = tree.depth_of[node] <= rows
 
     def init(batch_size: int, max_length: int) -> LookaheadState:
-        if reach >= max_length:
-            raise ValueError(
-                f"lookahead's window reaches {reach} tokens beyond the root but the buffer holds "
-                f"{max_length}; raise max_length or lower width or ngram."
-            )
+        check_window("lookahead", reach, max_length)
         return LookaheadState(
             jnp.full((batch_size, rows, width), -1, jnp.int32),
             jnp.full((batch_size, num_places, num_guesses, ngram), -1, jnp.int32),

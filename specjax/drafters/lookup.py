@@ -14,6 +14,7 @@ import numpy as np
 
 from specjax import trees
 from specjax.drafters import corpus as corpora
+from specjax.kernels.vocabulary import largest
 from specjax.types import Array, Context, Draft, Drafter, Keys, Outcome, Params, Proposal
 
 
@@ -39,22 +40,21 @@ def agreement(tokens: Array, length: Array, ngram: int) -> Array:
     return agree
 
 
-def longest_match(tokens: Array, length: Array, ngram: int) -> tuple[Array, Array]:
-    """The best earlier occurrence of each row's suffix.
+def best_matches(agree: Array, count: int) -> tuple[Array, Array]:
+    """The slots where most tokens agree, of equals the latest.
 
     Args:
-        tokens: [B, S] history.
-        length: [B].
-        ngram: how many of the newest tokens are compared at most.
+        agree: [B, S] int32, of `agreement`.
+        count: K, how many slots. Those that agree on none fill up what is left.
 
     Returns:
-        Where its continuation starts [B], in 1 to length - 1 if there is any, and how many tokens
-        agree [B], 0 if there is none.
+        The slots [B, K] and how many tokens agree there [B, K].
     """
-    slot = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    agree = agreement(tokens, length, ngram)
-    best = jnp.argmax(agree * tokens.shape[1] + slot * (agree > 0), 1).astype(jnp.int32)
-    return best, jnp.take_along_axis(agree, best[:, None], 1)[:, 0]
+    agree = jnp.pad(agree, ((0, 0), (0, max(count - agree.shape[1], 0))))
+    key = agree * agree.shape[1] + jnp.arange(agree.shape[1], dtype=jnp.int32)
+    # In float32, exact below 2 ** 24: XLA on CPU sorts integers to find the largest.
+    slots = largest(key.astype(jnp.float32), count)
+    return slots, jnp.take_along_axis(agree, slots, 1)
 
 
 def lookup(num_tokens: int, ngram: int = 3, min_ngram: int = 1) -> Drafter:
@@ -143,7 +143,8 @@ def _init(batch_size: int, max_length: int) -> tuple:
 
 def _copied(context: Context, num_tokens: int, ngram: int) -> tuple[Array, Array]:
     """What followed the row's latest longest match [B, D], and how many tokens agree [B]."""
-    start, agree = longest_match(context.tokens, context.length, ngram)
+    slots, counts = best_matches(agreement(context.tokens, context.length, ngram), 1)
+    start, agree = slots[:, 0], counts[:, 0]
     found = agree > 0
     period = jnp.where(found, context.length - start, 1)[:, None]
     first = jnp.where(found, start, context.length - 1)[:, None]

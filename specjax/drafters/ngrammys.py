@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from specjax import trees
-from specjax.drafters.lookup import agreement
+from specjax.drafters.lookup import agreement, best_matches
 from specjax.drafters.trie import same_beginnings, trie
 from specjax.kernels.vocabulary import largest
 from specjax.types import (
@@ -115,14 +115,8 @@ def continuations(
 
     The longest contexts first, of equals the latest; 0 stood where there is no further match.
     """
-    tokens, slots = context.tokens, context.tokens.shape[1]
-    agree = agreement(tokens, context.length, ngram)
-    agree = jnp.pad(agree, ((0, 0), (0, max(num_matches - slots, 0))))
-    # In float32, exact below 2 ** 24: XLA on CPU sorts integers to find the largest.
-    key = agree * agree.shape[1] + jnp.arange(agree.shape[1], dtype=jnp.int32)
-    start = largest(key.astype(jnp.float32), num_matches)
-    agree = jnp.take_along_axis(agree, start, 1)
-    length = context.length[:, None]
+    tokens, length = context.tokens, context.length[:, None]
+    start, agree = best_matches(agreement(tokens, context.length, ngram), num_matches)
     start = jnp.where(agree > 0, start, length - 1)
     ahead = jnp.arange(num_tokens, dtype=jnp.int32) % (length - start)[..., None]
     place = (start[..., None] + ahead).reshape(len(tokens), -1)

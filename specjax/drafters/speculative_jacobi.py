@@ -19,7 +19,7 @@ import flax.struct as struct
 import jax.numpy as jnp
 
 from specjax.drafters import grow
-from specjax.drafters.jacobi import moved, swept
+from specjax.drafters.jacobi import check_window, moved, swept
 from specjax.types import Array, Context, Draft, Drafter, Keys, Model, Outcome, Params
 
 
@@ -46,7 +46,7 @@ def speculative_jacobi(target: Model, num_tokens: int, choose: grow.Choose) -> D
             SCD, `grow.best()` for point masses.
 
     Raises:
-        ValueError: fewer than one token.
+        ValueError: fewer than one token; in `init`, a window that no buffer of that length holds.
     """
     if num_tokens < 1:
         raise ValueError(
@@ -55,7 +55,7 @@ def speculative_jacobi(target: Model, num_tokens: int, choose: grow.Choose) -> D
     build = grow.chain(num_tokens, choose)
 
     def init(batch_size: int, max_length: int) -> SpeculativeJacobiState:
-        del max_length
+        check_window("speculative_jacobi", num_tokens, max_length)
         return SpeculativeJacobiState(
             jnp.full((batch_size, num_tokens), -1, jnp.int32),
             jnp.zeros((batch_size, num_tokens, target.vocab_size)),

@@ -20,7 +20,7 @@ from jax import lax
 
 from specjax import trees
 from specjax.drafters import corpus as corpora
-from specjax.drafters.lookup import agreement
+from specjax.drafters.lookup import agreement, best_matches
 from specjax.drafters.retrieval import check
 from specjax.drafters.trie import same_beginnings, trie
 from specjax.types import Array, Context, Draft, Drafter, Keys, Outcome, Params, Proposal
@@ -70,7 +70,7 @@ def suffix(
     def own(context: Context) -> tuple[Array, Array]:
         """Continuations [B, P, K, D] in the row's own text, and their lengths."""
         tokens, length = context.tokens, context.length[:, None]
-        start, agree = latest(agreement(tokens, context.length, longest), num_matches)
+        start, agree = best_matches(agreement(tokens, context.length, longest), num_matches)
         depth = jnp.arange(num_tokens, dtype=jnp.int32)
         place = (start[..., None] + depth).reshape(len(tokens), -1)
         found = jnp.take_along_axis(tokens, jnp.minimum(place, tokens.shape[1] - 1), 1)
@@ -116,21 +116,6 @@ def suffix(
     return Drafter(
         init, propose, observe, Proposal("point", num_nodes, num_tokens), vocab_size=vocab_size
     )
-
-
-def latest(agree: Array, count: int) -> tuple[Array, Array]:
-    """The slots [B, K] that agree on most tokens, then the latest, and on how many [B, K].
-
-    Slots that agree on none fill up what is left.
-    """
-    slots = agree.shape[1]
-    key = agree * slots + jnp.arange(slots, dtype=jnp.int32)
-    best = []
-    for _ in range(count):  # K is small, and XLA's top_k of integers is a sort on CPU
-        best.append(key.max(1))
-        key = jnp.where(key == best[-1][:, None], 0, key)
-    found = jnp.stack(best, 1)
-    return found % slots, found // slots
 
 
 def path_values(same: Array, length: Array) -> Array:
