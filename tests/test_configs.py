@@ -218,20 +218,33 @@ def strategies(
 
 
 def test_strategies(strategies: Strategies) -> None:
-    """Two sizes of batches, and a switch, whose passes cannot be told apart."""
-    c, names = strategies[0], ("none", "switch")
-    for name in set(c.methods) - set(names):
+    """All can be built, as the fixture did; two sizes of batches."""
+    c = strategies[0]
+    assert set(c.methods) == set(strategies[1])
+    for name in set(c.methods) - {"none"}:
         del c.methods[name]
-    c.methods.switch.temperatures = c.methods.none.temperatures = c.temperatures = (0.0,)
     c.update(batch_sizes=(1, 2), costs=0.0)
     records = benchmark.run(c)
-    assert [(r["method"], r["batch_size"]) for r in records] == [
-        (name, size) for size in (1, 2) for name in names
+    assert [(r["batch_size"], r["temperature"]) for r in records] == [
+        *((1, 0.0), (1, 1.0), (2, 0.0), (2, 1.0))
     ]
     assert all(r["identical"] for r in records)
     page = (Path(c.output) / "results.md").read_text()
-    assert page.count("| switch |") == 2
+    assert page.count("| none |") == 4
     assert "| B |" in page
+
+
+@pytest.mark.slow
+def test_a_switch_is_measured(directories: tuple[str, str], tmp_path: Path) -> None:
+    """Its passes cannot be told apart."""
+    c = shrink(load("configs/bench/strategies.py").get_config(), directories, tmp_path)
+    for name in set(c.methods) - {"none", "switch"}:
+        del c.methods[name]
+    c.update(batch_sizes=(2,), costs=0.001)
+    records = benchmark.run(c)
+    assert all(r["identical"] for r in records)
+    assert all(("verify_cost" in r) == (r["method"] == "none") for r in records)
+    assert (tmp_path / "results.md").read_text().count("| switch |") == 2
 
 
 @pytest.mark.slow
@@ -288,13 +301,18 @@ def test_transformers(directories: tuple[str, str], tmp_path: Path) -> None:
     assert all(r["identical"] for r in records)
 
 
-def test_llama_30m(tmp_path: Path) -> None:
+def test_llama_30m() -> None:
     c = load("configs/bench/llama_30m.py").get_config()
     shapes = (c.target, c.drafts.draft)
     target, draft = (transformer(TransformerConfig(**shape)) for shape in shapes)
     for case in c.cases.values():
         drafter, verifier = build(case.drafter, draft=draft), build(case.verifier)
         assert engine.decoder(target, drafter, verifier).lossless
+
+
+@pytest.mark.slow
+def test_profile(tmp_path: Path) -> None:
+    c = load("configs/bench/llama_30m.py").get_config()
     c.target.update(TINY)
     c.drafts.draft.update(TINY)
     c.update(output=str(tmp_path), repeats=1, seconds=0.01, max_length=256, prompt_length=8)

@@ -126,7 +126,13 @@ def test_every_place_of_an_end_within_a_step(eos_ids: tuple[int, ...]) -> None:
 # ------------------------------------------------------------------------------------- single steps
 
 
-@pytest.mark.parametrize("name", ["lookup/match", "model tree without_replacement/rejection"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lookup/match",
+        pytest.param("model tree without_replacement/rejection", marks=pytest.mark.slow),
+    ],
+)
 def test_a_step_reports_what_it_did(name: str) -> None:
     rows, slots = 8, 18
     case = CASES[name]

@@ -334,10 +334,10 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "rule", "num_steps"),
     [
-        (lambda x: jacobi(2), match, 2),
+        pytest.param(lambda x: jacobi(2), match, 2, marks=SLOW),
         (lambda x: lookahead(x, 2, 3, 1), rejection, 2),
         (lambda x: speculative_jacobi(x, 2, WOR), block, 2),
-        (lambda x: speculative_jacobi(x, 2, COUPLED), match, 2),
+        pytest.param(lambda x: speculative_jacobi(x, 2, COUPLED), match, 2, marks=SLOW),
         pytest.param(lambda x: jacobi(2), rejection, 3, marks=SLOW),
         pytest.param(lambda x: lookahead(x, 2, 3, 2, 2), match, 3, marks=SLOW),
         pytest.param(lambda x: lookahead(x, 1, 2, 1), match, 3, marks=SLOW),

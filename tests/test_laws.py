@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +71,17 @@ def parts_of(case: Case) -> Callable[[Pair], Parts]:
     return lambda pair: Parts(case.drafter(), case.params(), case.verifier())
 
 
+def together(name: str) -> tuple[str, ...]:
+    """The cases that share a case's program: a drafter's, all but its default if that is alone."""
+    drafter = drafter_of(name)
+    alone = drafter not in OF_LAW.values()
+    if alone and name in DEFAULTS:
+        return (name,)
+    return tuple(x for x in CASES if drafter_of(x) == drafter and not (alone and x in DEFAULTS))
+
+
 def marks(name: str) -> list[pytest.MarkDecorator]:
-    # All other verifiers of a drafter share a program.
-    group = name if name in DEFAULTS else drafter_of(name)
+    group = together(name)[0]
     return [pytest.mark.xdist_group(group)] + [pytest.mark.slow] * (name in SLOW)
 
 
@@ -102,34 +110,22 @@ def judging(drafter: str, rules: Sequence[Verifier]) -> Verifier:
     return rules[0]._replace(verify=verify, laws=tuple(laws))
 
 
-OTHERS: dict[str, Program] = {}  # a single one, for the cases of a drafter follow each other
-
-
-def among_others(name: str) -> Program:
-    """The program of all of a drafter's verifiers but its default."""
-    drafter = drafter_of(name)
-    names = [x for x in CASES if drafter_of(x) == drafter and x not in DEFAULTS]
-    rules = [CASES[x].verifier() for x in names]
-    if drafter not in OTHERS:
-        OTHERS.clear()
-        engine.decode.clear_cache()
-        parts = parts_of(CASES[name])(transformer_pair())
-        parts = parts._replace(verifier=judging(drafter, rules))
-        OTHERS[drafter] = Program(drafter, lambda _: parts)
-    which = names.index(name)
-    return OTHERS[drafter].judged_by(name, which, rules[which])
+PROGRAM: dict[tuple[str, ...], Program] = {}  # a single one: cases that share one are neighbours
 
 
 @pytest.fixture(scope="module", params=[pytest.param(x, marks=marks(x)) for x in CASES])
-def program(request: pytest.FixtureRequest) -> Iterator[Program]:
-    name = request.param
-    if name not in DEFAULTS:
-        yield among_others(name)
-        return
-    parts = parts_of(CASES[name])(transformer_pair())
-    parts = parts._replace(verifier=judging(drafter_of(name), [parts.verifier]))
-    yield Program(name, lambda _: parts)
-    engine.decode.clear_cache()
+def program(request: pytest.FixtureRequest) -> Program:
+    name: str = request.param
+    names = together(name)
+    rules = [CASES[x].verifier() for x in names]
+    if names not in PROGRAM:
+        PROGRAM.clear()
+        engine.decode.clear_cache()
+        parts = parts_of(CASES[name])(transformer_pair())
+        parts = parts._replace(verifier=judging(drafter_of(name), rules))
+        PROGRAM[names] = Program(name, lambda _: parts)
+    which = names.index(name)
+    return PROGRAM[names].judged_by(name, which, rules[which])
 
 
 def scenario() -> Batch:
@@ -175,7 +171,6 @@ def test_lossless(program: Program) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "program",
-    # The first of CASES: pytest keeps together what has one index.
     [pytest.param(x, marks=marks(x)) for x in DEFAULTS],
     indirect=True,
 )
@@ -379,7 +374,7 @@ def cache_ops(build: grow.Builder | None, verifier: Verifier, function: Any) -> 
     ("build", "verifier"),
     [
         (None, match),
-        (grow.chain(4, grow.coupled()), match),
+        pytest.param(grow.chain(4, grow.coupled()), match, marks=pytest.mark.slow),
         (grow.static(TREE, grow.without_replacement()), rejection),
     ],
     ids=["none/match", "model chain/match", "model tree/rejection"],
@@ -449,7 +444,7 @@ def test_forcing_a_prompt_equals_forcing_its_tokens(kind: str) -> None:
     case = CASES[REPRESENTATIVE[kind]]
     decoder = engine.decoder(target()[0], case.drafter(), case.verifier())
     params = Params(target()[1], case.params())
-    batch = scenario().take(np.flatnonzero(scenario().limit == SLOTS + 9)[:16])
+    batch = scenario().take(np.flatnonzero(scenario().limit == SLOTS + 9)[:32])
     assert {1, WIDTH} <= set(batch.prompt_length.tolist())
     force = jax.jit(decoder.force)
 

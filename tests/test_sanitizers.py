@@ -64,6 +64,7 @@ def test_no_access_beyond_a_buffer(tmp_path: Path) -> None:
     _check(_build(tmp_path, "-O0", *_ADDRESS), 10)
 
 
+@pytest.mark.slow
 def test_no_race(tmp_path: Path) -> None:
     _check(_build(tmp_path, "-O1", "-fsanitize=thread", native._NATIVE), 8)
 

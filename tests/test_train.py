@@ -231,6 +231,7 @@ def test_a_run_stops_at_the_first_step_that_is_not_finite(
     assert not Path(c.export).exists()
 
 
+@pytest.mark.slow
 def test_a_teacher_cache_trains_as_the_teacher_would(tmp_path: Path, target: str) -> None:
     c = shrunk("draft", tmp_path, target, teacher_cache=300, num_steps=5)
     (tmp_path / "live").mkdir()
