@@ -96,6 +96,7 @@ def run(c: ConfigDict) -> list[dict[str, Any]]:
             for temperature in c.temperatures:
                 group = [method for method in methods if temperature in method.temperatures]
                 records += _run_group(c, group, batches, temperature, compiled, show)
+                _save(c, records)  # as far as it has come
             jax.clear_caches()  # many live programs exhaust the memory reserved for code
     _write(c, records, console)
     return records
@@ -390,12 +391,18 @@ def _compare(pairs: Sequence[tuple[str, str]], records: Sequence[dict[str, Any]]
             over[theirs] = metrics.difference(of[ours], of[theirs])
 
 
-def _write(c: ConfigDict, records: list[dict[str, Any]], console: Console) -> None:
-    """The same figures three times: for programs, for pages and for the terminal."""
+def _save(c: ConfigDict, records: list[dict[str, Any]]) -> Path:
+    """Writes the figures and the config into `config.output`, which it returns."""
     output = Path(c.output)
     output.mkdir(parents=True, exist_ok=True)
     (output / "results.json").write_text(json.dumps(records, indent=1) + "\n")
     (output / "config.json").write_text(c.to_json_best_effort(indent=1) + "\n")
+    return output
+
+
+def _write(c: ConfigDict, records: list[dict[str, Any]], console: Console) -> None:
+    """The same figures three times: for programs, for pages and for the terminal."""
+    output = _save(c, records)
     plots.speedups(records, output / "results.png")
     sizes = " and ".join(map(str, c.batch_sizes))
     title = (

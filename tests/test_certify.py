@@ -243,6 +243,7 @@ def test_a_broken_draft_has_a_clear_verdict(
         assert complaint in (tmp_path / "results.md").read_text()
 
 
+@pytest.mark.slow
 def test_logits_that_are_nan_have_a_clear_verdict(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,7 +96,7 @@ def test_demo(directories: tuple[str, str], tmp_path: Path) -> None:
     given = checkpoints.given(models.target, models.drafts)
     for name, method in list(c.methods.items()):
         assert build(method.drafter, **given)
-        if name not in ("none", "lookup", *pair):
+        if name not in ("none", *pair):
             del c.methods[name]
     records = benchmark.run(c)
     wanted = [(n, t) for t in c.temperatures for n, m in c.methods.items() if t in m.temperatures]

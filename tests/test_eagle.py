@@ -38,7 +38,9 @@ def uneven(head: EagleHead, seed: int = 5) -> PyTree:
     return jax.tree.map(lambda x: 20 * x if x.ndim > 1 else x + 0.1, params)
 
 
-@pytest.mark.parametrize("name", ["eagle", "eagle3 of six tokens"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("eagle", marks=pytest.mark.slow), "eagle3 of six tokens"]
+)
 def test_training_unrolls_what_drafting_does(name: str) -> None:
     """Laws of a drafted chain against those of `unroll` over the text that it continues."""
     head = HEADS[name]
@@ -123,6 +125,7 @@ def test_losses_match_their_formulas() -> None:
     np.testing.assert_allclose(loss, total, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_draft_vocabulary_learns_the_law_of_its_tokens() -> None:
     ids = HEADS["eagle3 of six tokens"].vocabulary
     config = {"head": SHAPE, "num_steps": 1, "vocabulary": ids}

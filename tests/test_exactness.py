@@ -447,11 +447,9 @@ QUICKLY_FOUND = (
     "misreported q",
     "block acceptance with the token residual",
     "a law looked up one node late",
-    "noise reused by the next step, traversal",
     "branches that share randomness",
     "merged siblings with the law left at q",
     "siblings sorted by probability, rejection",
-    "drawn nodes pruned by value",
     "probabilities that do not sum to one",
 )
 

@@ -129,7 +129,10 @@ def test_summary_of_nothing() -> None:
     ("choose", "verifier", "formula", "wrong"),
     [
         (grow.coupled(), match(), theory.coupled_acceptance, theory.overlap),
-        (grow.independent(), rejection(), theory.overlap, theory.coupled_acceptance),
+        pytest.param(
+            *(grow.independent(), rejection(), theory.overlap, theory.coupled_acceptance),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             *(grow.independent(), match(), theory.match_acceptance, theory.coupled_acceptance),
             marks=pytest.mark.slow,

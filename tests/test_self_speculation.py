@@ -519,7 +519,7 @@ def calibration_config(directory: str, output: Path, **options: Any) -> ConfigDi
 
 @pytest.mark.parametrize(
     ("method", "tries"),
-    [pytest.param("draft_and_verify", 14, marks=pytest.mark.slow), ("swift", 1)],
+    [("swift", 1), pytest.param("draft_and_verify", 14, marks=pytest.mark.slow)],
 )
 def test_calibrate_writes_layers_that_layer_skip_reads(
     directory: str, tmp_path: Path, method: str, tries: int

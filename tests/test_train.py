@@ -51,7 +51,7 @@ CONFIGS = sorted(
     {path.stem for path in (ROOT / "configs" / "train").glob("*.py")}
     - {"corpus", "skip"}  # which train nothing
 )
-QUICK = ("draft", "eagle3")  # the others are slow tests
+QUICK = ("draft",)  # the others are slow tests
 TINY = {"hidden_size": 16, "intermediate_size": 24, "num_layers": 1, "num_heads": 2}
 TINY |= {"num_kv_heads": 1, "head_dim": 8}
 LAYER = {"intermediate_size": 24, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
