@@ -231,7 +231,13 @@ def test_drafts_are_accepted(program: Program) -> None:
     gained = program.result.length - scenario().prompt_length
     steps, depth = program.result.num_steps, program.decoder.proposal.depth
     assert ((steps == 0) == (gained == 0)).all()
-    assert gained.sum() > (1 if depth == 0 else 1.1) * steps.sum() - (depth == 0)
+    # A token drawn from q apart from the target's own is what `match` wants in sum(p q) of cases.
+    is_apart = (
+        program.parts.verifier.drafter_invariant
+        and JUDGED[drafter_of(program.name)].probs is not None
+    )
+    least = 1 if depth == 0 else 1.05 if is_apart else 1.1
+    assert gained.sum() > least * steps.sum() - (depth == 0)
 
 
 def test_rows_are_independent(program: Program) -> None:
