@@ -1,6 +1,8 @@
 """Drafts out of texts: sorted suffixes, copies, and tries of what followed."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -500,6 +502,19 @@ def config(target: str, output: Path, **options: Any) -> ConfigDict:
     c = corpus_config.get_config()
     c.update(target=target, output=str(output), sources=(str(ROOT / "train"),), **options)
     return c
+
+
+def test_the_script_runs_by_itself(target: str, tmp_path: Path) -> None:
+    """A process that knows the root from its script alone."""
+    (tmp_path / "empty.txt").touch()
+    output = tmp_path / "corpus"
+    command = [sys.executable, str(ROOT / "train" / "corpus.py"), f"--config.target={target}"]
+    command += [f"--config.sources=('{tmp_path / 'empty.txt'}',)", f"--config.output={output}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert not output.exists()
 
 
 def test_the_script_makes_a_corpus(

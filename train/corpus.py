@@ -15,7 +15,6 @@ import numpy as np
 import tokenizers as hf_tokenizers
 from ml_collections import ConfigDict
 
-from configs.train import corpus as default
 from specjax import scripts
 from specjax.data import sources, tokenizers
 from specjax.drafters import corpus
@@ -66,6 +65,8 @@ def made(target: str, output: str) -> corpus.Corpus:
     Raises:
         ValueError: one that is damaged, or made with another tokenizer than the target's.
     """
+    from configs.train import corpus as default  # `scripts.run` has made it known by now
+
     if not Path(output).exists():
         c = default.get_config()
         c.update(target=target, output=output)
