@@ -2,7 +2,7 @@
 
     python decode/benchmark.py --config=configs/bench/strategies.py
 
-About 35 minutes on two CPU cores, most of them compilation; the corpus of what the target learnt
+About 45 minutes on two CPU cores, most of them compilation; the corpus of what the target learnt
 from is made first, if it is not there. Expect "yes" wherever the table can tell; at batch 1 and
 temperature 0 about 2 tokens per pass from what copies and retrieves, 2.8 from the draft model and
 from the target with fewer slots or bits, 4.3 from TriForce's hierarchy; at batch 8 no gain on CPU.
@@ -69,7 +69,7 @@ def get_config() -> ConfigDict:
     c.output = "runs/strategies"
     c.drafts = {"draft": "checkpoints/draft"}
     c.batch_sizes = (1, 8)
-    c.costs = 0.05  # seconds of each pass of each method in every repeat
+    c.costs = 0.3  # seconds of each pass of each method in every repeat: shorter ones are noise
     corpus = call("train.corpus.made", target=c.target, output="runs/corpus")
     # Coupled chains are greedy ones at temperature 0, and one program serves both temperatures.
     chain = build("grow.chain", "coupled", num_tokens=4)
