@@ -85,7 +85,7 @@ def uneven(heads: Heads) -> PyTree:
     rng = np.random.default_rng(3)
     params = jax.jit(heads.init)(jax.random.key(3))
     # An EAGLE head reads its own output: large weights would make rounding grow step by step.
-    scale = 0.12 if isinstance(heads, EagleHead) else 0.5
+    scale = 0.12 if isinstance(heads, EagleHead) else 0.4
     return jax.tree.map(lambda x: x + scale * rng.standard_normal(x.shape, np.float32), params)
 
 

@@ -64,7 +64,7 @@ from specjax.verifiers.match import match
 from specjax.verifiers.rejection import rejection
 
 WIDTH = conformance.WIDTH
-QUICK_ROWS, QUICK_FAULT = 20 * ROWS, 0.05  # per law; the total variation that so many find
+QUICK_ROWS, QUICK_FAULT = 40 * ROWS, 0.035  # per law; the total variation that so many find
 
 
 def parts_of(case: Case) -> Callable[[Pair], Parts]:
@@ -231,13 +231,7 @@ def test_drafts_are_accepted(program: Program) -> None:
     gained = program.result.length - scenario().prompt_length
     steps, depth = program.result.num_steps, program.decoder.proposal.depth
     assert ((steps == 0) == (gained == 0)).all()
-    # A token drawn from q apart from the target's own is what `match` wants in sum(p q) of cases.
-    is_apart = (
-        program.parts.verifier.drafter_invariant
-        and JUDGED[drafter_of(program.name)].probs is not None
-    )
-    least = 1 if depth == 0 else 1.05 if is_apart else 1.1
-    assert gained.sum() > least * steps.sum() - (depth == 0)
+    assert gained.sum() > (1 if depth == 0 else 1.1) * steps.sum() - (depth == 0)
 
 
 def test_rows_are_independent(program: Program) -> None:
