@@ -6,7 +6,8 @@ A part runs in a compiled loop on the shapes of the real step, see `specjax/timi
 all parts are interleaved, medians are shown.
 
     target       one target pass over the N nodes, mask and positions included
-    drafter      the drafter's `propose` and `observe`
+    drafter      the drafter's `propose` and `observe`, the law of its draft left out where the
+                 verifier does not read it, as the compiler leaves it out of a step
     drafter, cold
                  the same when the target's weights are read in between: alone, a small drafter's
                  stay in the processor's cache, which in a step the target's displace
@@ -192,6 +193,9 @@ def parts_of(
         return draft, output, block, sampling.warp(output.logits, state.context.sampling)
 
     draft, output, block, warped = reveal(params, state)
+    judges_by_law = reads_law(
+        lambda x: verifier.verify(params, keys, context, x, output, warped), draft
+    )
     rows = draft.tokens.shape[0]
     path = jnp.zeros((rows, depth + 1), jnp.int32)
 
@@ -218,7 +222,7 @@ def parts_of(
             new, believed = drafter.propose(params, keys, believed, now)
             output = reveal(inputs, now, new)
             used = nothing(new.tokens) + nothing(output.logits[:, :, :1])
-            if new.probs is not None:
+            if judges_by_law:
                 used += nothing(new.probs)
             verdict = Verdict(path, jnp.ones(rows, jnp.int32) + used, new.tokens[:, -1])
             tokens = caches.write(tokens, new.tokens[:, -1:], length, verdict.num_nodes)
@@ -341,6 +345,15 @@ def parts_of(
     if choose is not None:
         found["choose"] = (pass_choose, (logits, small), zero)
     return found
+
+
+def reads_law(verify: Callable[[Draft], Verdict], draft: Draft) -> bool:
+    """Whether a verdict depends on the laws that a draft's tokens were drawn from."""
+    if draft.probs is None:
+        return False
+    program = jax.make_jaxpr(lambda probs: verify(replace(draft, probs=probs)))(draft.probs).jaxpr
+    (law,) = program.invars
+    return any(x is law for equation in program.eqns for x in equation.invars)
 
 
 def _paired(times: Mapping[str, list[float]], figure: Callable[[dict[str, float]], float]) -> float:

@@ -4,18 +4,22 @@ import importlib.util
 import io
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from directories import ROOT, save_model
 from ml_collections import ConfigDict
+from texts import context_of
 
 from decode import benchmark, drafting, generate, profile, verification
-from specjax import checkpoints, engine, sampling
+from specjax import checkpoints, engine, sampling, trees
 from specjax.build import build
 from specjax.data import tokenizers
 from specjax.drafters import corpus
@@ -24,7 +28,10 @@ from specjax.models.eagle import eagle3_head
 from specjax.models.hydra import hydra_heads
 from specjax.models.medusa import medusa_heads
 from specjax.models.transformer import TransformerConfig, transformer
-from specjax.types import Decoder, Params
+from specjax.types import Decoder, Draft, ModelOutput, Params, Verdict, Verifier
+from specjax.verifiers.block import block
+from specjax.verifiers.match import match
+from specjax.verifiers.rejection import rejection
 
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.py"))
 TINY = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_layers": 1}
@@ -322,6 +329,20 @@ def test_profile(tmp_path: Path) -> None:
     assert all(value > 0 for value in record["milliseconds"].values())
     assert record["overhead"] > 0
     assert "target and drafter" in (tmp_path / "results.md").read_text()
+
+
+@pytest.mark.parametrize(("rule", "reads"), [(match, False), (rejection, True), (block, True)])
+def test_a_law_costs_where_it_is_read(rule: Callable[[], Verifier], reads: bool) -> None:
+    draft = trees.chain(jnp.array([[0, 1, 2]]), probs=jnp.full((1, 3, 4), 0.25))
+    scored = jnp.zeros((1, 3, 4))
+    keys = sampling.streams(jax.random.split(jax.random.key(0), 1))
+    given = (Params(()), keys, context_of([[0]]))
+
+    def verify(draft: Draft) -> Verdict:
+        return rule().verify(*given, draft, ModelOutput(scored, scored), scored)
+
+    assert profile.reads_law(verify, draft) == reads
+    assert not profile.reads_law(verify, replace(draft, probs=None))
 
 
 def test_generate(

@@ -2,7 +2,8 @@
 
 Luo et al., arXiv 2408.08696. A matrix keeps for every token the k likeliest successors that the
 target last named for it, at whatever node of whatever draft, rejected ones included. A static tree
-is filled from it breadth first: child r of a node with token t is M[t, r].
+is filled from it breadth first: child r of a node with token t is M[t, r]. Requests may start from
+what earlier ones learnt ("hot start"): `inherited` makes `params.drafter` of a decoded state.
 """
 
 from collections.abc import Sequence
@@ -28,6 +29,9 @@ class RecyclingState:
 def recycling(target: Model, parents: Sequence[int], k: int = 8) -> Drafter:
     """Fills the tree `parents`; where a token was not seen yet its descendants are fillers.
 
+    `params.drafter` is () or the matrix [V, k] of earlier calls, read where a row has not yet seen
+    a token itself.
+
     Args:
         target: the decoder's.
         parents: each node's parent, breadth first; -1 for the root. `tree` makes good ones.
@@ -35,7 +39,8 @@ def recycling(target: Model, parents: Sequence[int], k: int = 8) -> Drafter:
 
     Raises:
         ValueError: the tree is impossible, consists of its root alone, or has more than k children
-            somewhere; more successors than there are tokens.
+            somewhere; more successors than there are tokens; in the first step, a matrix of
+            another shape.
     """
     t = trees.topology(parents)
     if t.depth == 0:
@@ -59,7 +64,13 @@ def recycling(target: Model, parents: Sequence[int], k: int = 8) -> Drafter:
     def propose(
         params: Params, rng_keys: Keys, state: RecyclingState, context: Context
     ) -> tuple[Draft, RecyclingState]:
-        del params, rng_keys
+        del rng_keys
+        shared = params.drafter
+        if len(shared) and shared.shape != (target.vocab_size, k):
+            raise ValueError(
+                f"recycling keeps {k} successors of {target.vocab_size} tokens but the matrix it "
+                f"inherits has shape {shared.shape}; decode with the same k and target."
+            )
         root = trees.root(context)
         level, found = root, []  # -1 where unknown
         for depth in range(1, t.depth + 1):
@@ -68,6 +79,8 @@ def recycling(target: Model, parents: Sequence[int], k: int = 8) -> Drafter:
             known = jnp.take_along_axis(
                 state.successors, jnp.maximum(level, 0)[..., None], 1
             )  # [B, W, k]
+            if len(shared):
+                known = jnp.where(known < 0, shared[jnp.maximum(level, 0)], known)
             known = jnp.where(level[..., None] < 0, -1, known)
             level = known[:, parent, t.rank[here]]
             found.append(level)
@@ -96,6 +109,19 @@ def recycling(target: Model, parents: Sequence[int], k: int = 8) -> Drafter:
     return Drafter(
         init, propose, observe, Proposal("point", len(t.parents), t.depth), target.vocab_size
     )
+
+
+def inherited(state: RecyclingState, shared: Array | tuple[()] = ()) -> Array:
+    """M [V, k] for later calls: what the first row to know a token knows of it.
+
+    Args:
+        state: `DecodeState.drafter` of a call that ended.
+        shared: [V, k], what that call itself inherited, kept for tokens that no row saw.
+    """
+    seen = state.successors[..., 0] >= 0  # [B, V]
+    row = jnp.argmax(seen, 0)
+    found = jnp.take_along_axis(state.successors, row[None, :, None], 0)[0]
+    return jnp.where(seen.any(0)[:, None], found, jnp.asarray(shared)) if len(shared) else found
 
 
 def destinations(outcome: Outcome, vocab_size: int) -> Array:
