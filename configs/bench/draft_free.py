@@ -2,7 +2,7 @@
 
     python decode/drafting.py --config=configs/bench/draft_free.py
 
-About 4 minutes on two CPU cores. None should cost more than 5 % of a pass over one token.
+About 2 minutes on two CPU cores. None should cost more than 5 % of a pass over one token.
 """
 
 import numpy as np

@@ -2,10 +2,10 @@
 
     python decode/benchmark.py --config=configs/bench/strategies.py
 
-About 45 minutes on two CPU cores, most of them compilation; the corpus of what the target learnt
-from is made first, if it is not there. Expect "yes" wherever the table can tell; at batch 1 and
-temperature 0 about 2 tokens per pass from what copies and retrieves, 2.8 from the draft model and
-from the target with fewer slots or bits, 4.3 from TriForce's hierarchy; at batch 8 no gain on CPU.
+About 40 minutes on two CPU cores; the corpus of what the target learnt from is made first, if it is
+not there. Expect "yes" wherever the table can tell; at batch 1 and temperature 0 about 2 tokens per
+pass from what copies and retrieves, 2.8 from the draft model and from the target with fewer slots
+or bits, 4.3 from TriForce's hierarchy; at batch 8 no gain on CPU.
 """
 
 from ml_collections import ConfigDict
