@@ -278,14 +278,29 @@ def test_the_laws_hold_without_kernels() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_bfloat16_leaves_the_argmax_loop_by_rounding_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_leaves_float32_by_rounding_only(monkeypatch: pytest.MonkeyPatch) -> None:
     case = parts_of(CASES["none/match"])
     figures = passes(conformance.bfloat16_margin(case))
     assert 0 < figures["different_rows"] < ROWS // 8
-    assert figures["in_spacings"] > 0
-    pair = transformer_pair(dtype=jnp.bfloat16)
-    nothing = pair._replace(target_params=jax.tree.map(lambda x: x * np.nan, pair.target_params))
-    monkeypatch.setattr(conformance, "transformer_pair", lambda dtype: nothing)
+    assert 0 < figures["largest_margin"] < figures["rounding"] < 0.5, "laws differ by more"
+    of = {kind: transformer_pair(dtype=kind) for kind in (jnp.float32, jnp.bfloat16)}
+    pair = of[jnp.bfloat16]
+
+    def plant(faulty: Pair) -> None:
+        def made(dtype: jnp.dtype = jnp.float32) -> Pair:
+            return faulty if dtype == jnp.bfloat16 else of[dtype]
+
+        monkeypatch.setattr(conformance, "transformer_pair", made)
+
+    def forgetful(*arguments: Any, block: Any = None) -> Any:
+        """A cache without its newest slot."""
+        *given, cache = arguments
+        shorter = cache.replace(length=jnp.maximum(cache.length - 1, 0))
+        return pair.target.apply(*given, shorter, block)
+
+    plant(pair._replace(target=pair.target._replace(apply=forgetful)))
+    assert not conformance.bfloat16_margin(case).passed
+    plant(pair._replace(target_params=jax.tree.map(lambda x: x * np.nan, pair.target_params)))
     assert not conformance.bfloat16_margin(case).passed
     jax.clear_caches()
 
