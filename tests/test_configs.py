@@ -128,6 +128,7 @@ def test_demo(directories: tuple[str, str], tmp_path: Path) -> None:
     assert (tmp_path / "results.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_predicted(directories: tuple[str, str], tmp_path: Path) -> None:
     c = shrink(load("configs/bench/predicted.py").get_config(), directories, tmp_path)
     for name in set(c.methods) - {"none", "lookup"}:
