@@ -72,7 +72,7 @@ def cascaded(inner: Rule, outer: Rule) -> Factory:
 CHAIN_RULES = (match, rejection, block, traversal, kseq, gbv)
 CASCADES = [(match, outer) for outer in (match, rejection)]
 CASCADES += [(inner, outer) for inner in (rejection, block) for outer in CHAIN_RULES]
-QUICK = {(match, rejection), (rejection, traversal)}  # (block, block) below, three levels deep
+QUICK = {(match, rejection), (rejection, traversal)}
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,8 @@ def test_an_inner_rule_that_is_not_lossless_drafts_points(outer: Rule) -> None:
     assert cascade(inner_decoder(tabular_pair(V), lossy(rejection)), 2).proposal.law == "point"
 
 
-@pytest.mark.parametrize("outer", [pytest.param(rejection, marks=slow), block])
+@slow
+@pytest.mark.parametrize("outer", [rejection, block])
 def test_three_levels_are_exact(outer: Rule) -> None:
     """A cascade in front of the middle model, whose own drafter is a cascade."""
 

@@ -154,6 +154,7 @@ def test_a_draft_vocabulary_learns_the_law_of_its_tokens() -> None:
     np.testing.assert_allclose(metrics["acceptance_1"], overlap, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_hass_falls_and_reports_every_step() -> None:
     import optax
 

@@ -224,6 +224,7 @@ def test_text_does_not_depend_on_batch_size_nor_buffers() -> None:
     assert texts(engine.decode(decoder, params, *wide, 2 * SLOTS)) == together
 
 
+@pytest.mark.slow
 def test_a_draft_model_equal_to_the_target_is_always_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """Anything missing or left over in its cache would cost acceptance, though not correctness.
 

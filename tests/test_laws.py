@@ -403,7 +403,7 @@ def cache_ops(build: grow.Builder | None, verifier: Verifier, function: Any) -> 
 @pytest.mark.parametrize(
     ("build", "verifier"),
     [
-        (None, match),
+        pytest.param(None, match, marks=pytest.mark.slow),
         pytest.param(grow.chain(4, grow.coupled()), match, marks=pytest.mark.slow),
         (grow.static(TREE, grow.without_replacement()), rejection),
     ],

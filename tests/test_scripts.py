@@ -161,6 +161,7 @@ def damaged(directories: Directories, name: str) -> str:
     return str(copy)
 
 
+@pytest.mark.slow
 def test_generate_drafts_in_another_vocabulary(
     directories: Directories, capsys: pytest.CaptureFixture
 ) -> None:
