@@ -221,6 +221,7 @@ def handing_over(change: Callable[[Draft], Array]) -> Proposing:
     return Proposing(grow.Builder(grown, build.proposal), vocab_size=2)
 
 
+@pytest.mark.slow
 def test_a_broken_draft_has_a_clear_verdict(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

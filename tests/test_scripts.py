@@ -116,6 +116,7 @@ def test_generate_drafts_with_what_a_directory_holds(
             assert stopped.value.args == (expected, structure)
 
 
+@pytest.mark.slow
 def test_generate_with_eagle3_says_what_plain_decoding_says(
     directories: Directories, capsys: pytest.CaptureFixture
 ) -> None:
