@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from specjax import exactness
+from specjax.laboratory import Factory, tabular_pair
 from specjax.sampling import sampling
 from specjax.types import Cache, Context, Draft, Drafter, Params
 
@@ -66,3 +68,11 @@ def strings_of(draft: Draft, row: int) -> list[Tokens]:
         found.append((*found[parents[i]], int(tokens[i])))
     assert (tokens[count:] == tokens[0]).all()
     return found[1:]
+
+
+def drafts_exactly(factory: Factory) -> None:
+    """By enumeration, after a text in which things repeat."""
+    check = exactness.enumeration(factory, tabular_pair(3), prompt=(1, 0, 2, 1, 0))
+    assert check.passed, check.verdict
+    assert 1.01 < check.figures["expected_tokens"][0] < 2.99, "some are kept, some are not"
+    jax.clear_caches()
