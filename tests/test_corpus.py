@@ -66,6 +66,21 @@ def test_matches_are_found() -> None:
             assert found == Counter(x[:d] for x in expected)
 
 
+@pytest.mark.parametrize("size", [2, 3, 15, 16, 17, 64, 65])
+def test_a_corpus_of_any_size_is_searched_to_its_ends(size: int) -> None:
+    tokens = np.random.default_rng(size).integers(-1, 3, size).astype(np.int32)
+    tokens[-1] = -1
+    made = Corpus(jnp.asarray(tokens), jnp.asarray(corpora.suffix_array(tokens)), 3)
+    context = context_of([[0], [1], [2], [2, 0], [1, 1]])
+    first, count = map(
+        np.asarray, jax.jit(lambda *x: ranges(*x, [1]))(made, context.tokens, context.length)
+    )
+    for b, token in enumerate([0, 1, 2, 0, 1]):
+        found = np.asarray(made.order)[first[b, 0] : first[b, 0] + count[b, 0]]
+        expected = np.flatnonzero((tokens[:-1] == token) & (tokens[1:] >= 0))
+        assert sorted(found.tolist()) == expected.tolist()
+
+
 def test_many_matches_are_sampled_in_proportion() -> None:
     shares = {1: 60, 2: 25, 0: 15}
     documents = [np.array([3, token]) for token, n in shares.items() for _ in range(n)]

@@ -1,12 +1,13 @@
 """Documents to draft from: a suffix array made by the host, searched inside a step.
 
-Sorted suffixes (Manber and Myers, 1993) turn "where does this text occur" into two binary searches,
-so that a step costs the same whatever the number of tokens. Nothing here is a weight: a corpus is
+Sorted suffixes (Manber and Myers, 1993) turn "where does this text occur" into a search for the two
+ends of a range, so that a step costs about the same whatever the number of tokens. Nothing here is a weight: a corpus is
 shared by all rows, lives in `params.drafter` and may be replaced between calls.
 """
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -295,26 +296,28 @@ def ranges(
     wanted = jnp.take_along_axis(tokens, newest, 1).reshape(len(tokens), *size.shape, -1)
     # The range starts with the match and token 0, the least that may follow: ends come before. Its
     # end is the last place that the match starts.
-    wanted = jnp.where(place < size[:, None], wanted, 0)[:, :, None]
-    is_end = np.array([False, True])
-    is_compared = place < size[:, None, None] + ~is_end[:, None]  # [M, 2, W]
+    wanted = jnp.where(place < size[:, None], wanted, 0)[:, :, None, None]
+    is_end = np.array([False, True])[:, None]
+    is_compared = place < size[:, None, None, None] + ~is_end[..., None]  # [M, 2, 1, W]
     equal = 2 * place.size
+    # Four parts a turn: a turn costs its dispatch more than its comparisons, on a CPU, too.
+    turns = math.ceil(num_places.bit_length() / 2)
+    probe = np.array([1, 2, 3], np.int32)
 
-    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
-        middle = (low + high) // 2
-        start = corpus.order.at[middle].get(mode="clip")
-        seen = corpus.tokens.at[start[..., None] + place].get(mode="clip")  # [B, M, 2, W]
+    def quarter(turn: Array, bound: Array) -> Array:
+        """The bound is `bound` or up to 4^(turns - turn) - 1 places later."""
+        part = jnp.int32(1) << 2 * (turns - 1 - turn)
+        at = bound[..., None] + part * probe - 1
+        start = corpus.order.at[at].get(mode="clip")
+        seen = corpus.tokens.at[start[..., None] + place].get(mode="clip")  # [B, M, 2, 3, W]
         # The first difference decides: its place and its sign in one number, and one reduction.
         differs = (seen != wanted) & is_compared
         first = jnp.where(differs, 2 * place + (seen > wanted), equal).min(-1)
-        precedes = (first % 2 == 0) & ((first < equal) | is_end) & (low < high)
-        return jnp.where(precedes, middle + 1, low), jnp.where(precedes, high, middle)
+        precedes = (first % 2 == 0) & ((first < equal) | is_end) & (at < num_places)
+        return bound + part * precedes.sum(-1)
 
     low = jnp.zeros((len(tokens), size.size, 2), jnp.int32)
-    _, bound = lax.fori_loop(
-        0, num_places.bit_length(), halve, (low, jnp.full_like(low, num_places))
-    )
+    bound = lax.fori_loop(0, turns, quarter, low)
     count = jnp.where(length[:, None] >= size, bound[..., 1] - bound[..., 0], 0)
     return bound[..., 0], count
 
