@@ -1,8 +1,9 @@
 """Documents to draft from: a suffix array made by the host, searched inside a step.
 
 Sorted suffixes (Manber and Myers, 1993) turn "where does this text occur" into a search for the two
-ends of a range, so that a step costs about the same whatever the number of tokens. Nothing here is a weight: a corpus is
-shared by all rows, lives in `params.drafter` and may be replaced between calls.
+ends of a range, so that a step costs about the same whatever the number of tokens. Nothing here is
+a weight: a corpus is shared by all rows, lives in `params.drafter` and may be replaced between
+calls.
 """
 
 import hashlib
