@@ -2,13 +2,15 @@
 
     python decode/drafting.py                           # configs/bench/draft_free.py
 
-The target's pass is real, with random weights and a random text. A drafter's `propose` and
-`observe` run in a compiled loop on what a step shows them, see `decode/profile.py`. Repeats of all
-of them are interleaved; shares are medians over repeats of the ratios within one.
+Each drafter decodes in the engine, beside a twin that drafts a tree of the same shape for nothing;
+what its step takes longer than the twin's is what guessing costs where it happens: after a pass
+that has filled the caches with weights, and with other threads asleep. Weights and text are random,
+so that next to nothing is accepted by either. Repeats of all of them are interleaved; figures are
+medians over repeats of the differences, and shares of the ratios, within one.
 
-    us            microseconds of `propose` and `observe` in a step, the median over repeats
-    of one        share of a pass over one token, to be compared with its bound
-    of its own    share of the pass over the nodes drafted
+    us            microseconds by which a step is longer than its twin's
+    of one        share of a step of plain decoding, to be compared with its bound
+    of its own    share of the twin's step
 
 Writes results.json and results.md into `config.output`.
 """
@@ -25,13 +27,23 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from specjax import engine, sampling, scripts
+from specjax import engine, sampling, scripts, trees
 from specjax.build import build
 from specjax.models.transformer import TransformerConfig, transformer
-from specjax.timing import Timed, interleaved, loop
-from specjax.types import Params
+from specjax.timing import Timed, interleaved, steps
+from specjax.types import (
+    Context,
+    Decoder,
+    DecodeState,
+    Draft,
+    Drafter,
+    Keys,
+    Outcome,
+    Params,
+    PyTree,
+)
 
-_PASS, _OWN = "a pass over one token", "its pass"
+_PLAIN, _TWIN = "plain decoding", "for nothing"
 
 
 def main(c: ConfigDict) -> None:
@@ -40,8 +52,6 @@ def main(c: ConfigDict) -> None:
 
 def run(c: ConfigDict) -> list[dict[str, Any]]:
     """Measures, writes and prints. Returns the records."""
-    from decode.profile import parts_of  # `scripts.run` has made it known by now
-
     if c.repeats < 1 or c.seconds <= 0 or not c.methods:
         raise ValueError(
             f"repeats is {c.repeats}, seconds {c.seconds} and there are {len(c.methods)} methods; "
@@ -57,13 +67,10 @@ def run(c: ConfigDict) -> list[dict[str, Any]]:
     verifier = build(c.verifier)
     shape = (c.batch_size, c.prompt_length)
     prompt = jax.random.randint(jax.random.key(c.seed + 1), shape, 0, target.vocab_size)
-    loops: dict[str, Timed] = {}
-    nodes: dict[str, int] = {}
-    for name, spec in {_PASS: c.plain, **c.methods}.items():
-        drafter = build(spec.drafter, target=target)
-        weights = build(spec.get("weights", ()), target=target, target_params=target_params)
-        params = Params(target_params, weights)
+
+    def started(drafter: Drafter, weights: PyTree) -> tuple[Decoder, Params, DecodeState]:
         decoder = engine.decoder(target, drafter, verifier)
+        params = Params(target_params, weights)
         state = engine.prefill(
             decoder,
             params,
@@ -74,36 +81,73 @@ def run(c: ConfigDict) -> list[dict[str, Any]]:
             jnp.full([c.batch_size], c.max_length),
             c.max_length,
         )
-        parts = parts_of(target, drafter, verifier, None, params, state)
+        return decoder, params, state
+
+    loops: dict[str, Timed] = {}
+    nodes: dict[str, int] = {}
+    most: dict[str, int] = {}
+
+    def timed(name: str, decoder: Decoder, params: Params, state: DecodeState) -> None:
+        loops[name] = steps(decoder, params, state)
+        # All rows go on to the end of a loop, however much is accepted.
+        longest = decoder.proposal.depth + 1
+        most[name] = (c.max_length - c.prompt_length) // longest
+
+    timed(_PLAIN, *started(build(c.plain.drafter, target=target), ()))
+    for name, spec in c.methods.items():
+        drafter = build(spec.drafter, target=target)
+        weights = build(spec.get("weights", ()), target=target, target_params=target_params)
+        decoder, params, state = started(drafter, weights)
         nodes[name] = decoder.proposal.num_nodes
-        if name == _PASS:
-            loops[name] = loop(*parts["target"])
-        else:
-            loops[name] = loop(*parts["drafter"])
-            loops[f"{name}: {_OWN}"] = loop(*parts["target"])
-    times = interleaved(loops, {}, c.repeats, c.seconds, "drafting", console)
-    records = [
-        {
-            "method": name,
-            "num_nodes": nodes[name],
-            "microseconds": 1e3 * statistics.median(times[name]),
-            "share": _share(times[name], times[_PASS]),
-            "share_of_own": _share(times[name], times[f"{name}: {_OWN}"]),
-            "bound": c.bound,
-            "pass_microseconds": 1e3 * statistics.median(times[_PASS]),
-            "batch_size": c.batch_size,
-            "max_length": c.max_length,
-            "device": jax.devices()[0].device_kind,
-            "jax": jax.__version__,
-        }
-        for name in c.methods
-    ]
+        timed(name, decoder, params, state)
+        draft, _ = drafter.propose(params, state.rng_keys, state.drafter, state.context)
+        timed(f"{name}: {_TWIN}", *started(for_nothing(drafter, draft), ()))
+    times = interleaved(loops, most, c.repeats, c.seconds, "drafting", console)
+    records = []
+    for name in c.methods:
+        plain, own, twin = times[_PLAIN], times[name], times[f"{name}: {_TWIN}"]
+        rounds = list(zip(plain, own, twin, strict=True))
+        records.append(
+            {
+                "method": name,
+                "num_nodes": nodes[name],
+                "microseconds": 1e3 * statistics.median(a - b for _, a, b in rounds),
+                "share": statistics.median((a - b) / p for p, a, b in rounds),
+                "share_of_own": statistics.median((a - b) / b for _, a, b in rounds),
+                "bound": c.bound,
+                "step_microseconds": 1e3 * statistics.median(plain),
+                "batch_size": c.batch_size,
+                "max_length": c.max_length,
+                "device": jax.devices()[0].device_kind,
+                "jax": jax.__version__,
+            }
+        )
     _write(c, records, console)
     return records
 
 
-def _share(ours: list[float], theirs: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+def for_nothing(drafter: Drafter, draft: Draft) -> Drafter:
+    """Drafts a tree of the shape of `draft`, whatever the text, and learns nothing.
+
+    Every node has the root's token, which is as good as any where the target is random.
+    """
+    parents = jax.device_get(draft.parents)
+
+    def init(batch_size: int, max_length: int) -> tuple:
+        del batch_size, max_length
+        return ()
+
+    def propose(params: Params, rng_keys: Keys, state: Any, context: Context) -> tuple[Draft, Any]:
+        del params, rng_keys
+        tokens = jnp.broadcast_to(trees.root(context), parents.shape)
+        num_drafted = jnp.full(len(parents), parents.shape[1] - 1)
+        return Draft(tokens, jnp.asarray(parents), None, num_drafted, draft.depth), state
+
+    def observe(params: Params, state: Any, context: Context, outcome: Outcome) -> Any:
+        del params, context, outcome
+        return state
+
+    return Drafter(init, propose, observe, drafter.proposal._replace(law="point"))
 
 
 def _write(c: ConfigDict, records: list[dict[str, Any]], console: Console) -> None:
@@ -112,7 +156,7 @@ def _write(c: ConfigDict, records: list[dict[str, Any]], console: Console) -> No
     (output / "results.json").write_text(json.dumps(records, indent=1) + "\n")
     first = records[0]
     title = (
-        f"A pass over one token takes {first['pass_microseconds'] / 1e3:.2f} ms; batch "
+        f"A step of plain decoding takes {first['step_microseconds'] / 1e3:.2f} ms; batch "
         f"{first['batch_size']}, {first['max_length']} slots, {first['device']}, "
         f"jax {first['jax']}"
     )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from specjax.drafters.trie import same_beginnings, trie
+from specjax.drafters.trie import common_beginnings, frequencies, trie
 
 ROWS, COUNT, DEPTH = 40, 7, 4
 
@@ -19,7 +19,7 @@ def continuations() -> tuple[np.ndarray, np.ndarray]:
     return tokens, rng.integers(0, DEPTH + 1, (ROWS, COUNT)).astype(np.int32)
 
 
-def frequencies(tokens: np.ndarray, length: np.ndarray) -> Counter[tuple[int, ...]]:
+def counted(tokens: np.ndarray, length: np.ndarray) -> Counter[tuple[int, ...]]:
     """How many continuations begin with each string."""
     return Counter(
         tuple(row[: d + 1].tolist())
@@ -30,14 +30,13 @@ def frequencies(tokens: np.ndarray, length: np.ndarray) -> Counter[tuple[int, ..
 
 def test_equal_beginnings_are_found(continuations: tuple[np.ndarray, np.ndarray]) -> None:
     tokens, length = continuations
-    same = np.asarray(jax.jit(same_beginnings)(tokens, length))
+    common = np.asarray(jax.jit(common_beginnings)(tokens, length))
     for b in range(ROWS):
         for i in range(COUNT):
             for j in range(COUNT):
-                for d in range(DEPTH):
-                    reach = d < min(length[b, i], length[b, j])
-                    equal = (tokens[b, i, : d + 1] == tokens[b, j, : d + 1]).all()
-                    assert same[b, i, j, d] == (reach and equal)
+                reach = min(length[b, i], length[b, j])
+                differs = np.append(tokens[b, i, :reach] != tokens[b, j, :reach], True)
+                assert common[b, i, j] == np.argmax(differs)
 
 
 @pytest.mark.parametrize("num_nodes", [6, 1 + COUNT * DEPTH])
@@ -50,13 +49,14 @@ def test_the_most_frequent_strings_stay(
 
     @jax.jit
     def grow(tokens: jax.Array, length: jax.Array) -> tuple:
-        same = same_beginnings(tokens, length)
-        draft = trie(jnp.asarray(root), tokens, same, same.sum(2), num_nodes, jnp.asarray(budget))
+        common = common_beginnings(tokens, length)
+        values = frequencies(common, DEPTH)
+        draft = trie(jnp.asarray(root), tokens, common, values, num_nodes, jnp.asarray(budget))
         return draft.tokens, draft.parents, draft.num_drafted
 
     found = [np.asarray(x) for x in grow(tokens, length)]
     for b, (drafted, parents, count) in enumerate(zip(*found, strict=True)):
-        expected = frequencies(tokens[b], length[b])
+        expected = counted(tokens[b], length[b])
         assert count == min(budget[b], num_nodes - 1, len(expected))
         strings: list[tuple[int, ...]] = [()]
         for i in range(1, num_nodes):

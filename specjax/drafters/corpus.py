@@ -20,6 +20,7 @@ import safetensors
 import safetensors.numpy
 from jax import lax
 
+from specjax.kernels.gather import gather
 from specjax.models import hf_config
 from specjax.types import Array
 
@@ -309,8 +310,8 @@ def ranges(
         """The bound is `bound` or up to 4^(turns - turn) - 1 places later."""
         part = jnp.int32(1) << 2 * (turns - 1 - turn)
         at = bound[..., None] + part * probe - 1
-        start = corpus.order.at[at].get(mode="clip")
-        seen = corpus.tokens.at[start[..., None] + place].get(mode="clip")  # [B, M, 2, 3, W]
+        start = gather(corpus.order, at, 1)[..., 0]
+        seen = gather(corpus.tokens, start, place.size)  # [B, M, 2, 3, W]
         # The first difference decides: its place and its sign in one number, and one reduction.
         differs = (seen != wanted) & is_compared
         first = jnp.where(differs, 2 * place + (seen > wanted), equal).min(-1)
@@ -350,8 +351,10 @@ def continuations(
     # Multiplied out, a large count would overflow.
     spread = which * stride + which * rest // num_matches + stride // 2
     which = first[..., None] + jnp.where(count[..., None] > num_matches, spread, which)
-    start = corpus.order.at[which].get(mode="clip") + size[..., None]
+    # What is not there is read all the same, but not from all over the corpus.
+    which = jnp.where(is_there, which, 0)
+    start = gather(corpus.order, which, 1)[..., 0] + size[..., None]
+    tokens = gather(corpus.tokens, start, num_tokens)
     depth = jnp.arange(num_tokens, dtype=jnp.int32)
-    tokens = corpus.tokens.at[start[..., None] + depth].get(mode="clip")
     length = jnp.where(tokens < 0, depth, num_tokens).min(-1)
     return tokens, jnp.where(is_there, length, 0)

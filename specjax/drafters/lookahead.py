@@ -16,7 +16,7 @@ import numpy as np
 
 from specjax import trees
 from specjax.drafters.jacobi import check_window
-from specjax.drafters.trie import same_beginnings
+from specjax.drafters.trie import common_beginnings, eldest
 from specjax.kernels.vocabulary import argmax
 from specjax.types import Array, Context, Draft, Drafter, Keys, Model, Outcome, Params, Proposal
 
@@ -152,10 +152,9 @@ def lookahead(
         found = jnp.take_along_axis(state.pool, place, 1)[:, 0]  # [B, G, N]
         is_there = found[..., 0] == root
         guess = jnp.where(is_there[..., None], found[..., 1:], root[..., None])
-        same = same_beginnings(guess, jnp.where(is_there, rows, 0))
-        eldest = jnp.argmax(same, 2).astype(jnp.int32)  # [B, G, N - 1]
-        is_eldest = is_there[..., None] & (eldest == np.arange(num_guesses)[:, None])
-        above = 1 + eldest[:, :, :-1] * rows + np.arange(rows - 1)
+        common = common_beginnings(guess, jnp.where(is_there, rows, 0))
+        first, is_node = eldest(common, rows)  # [B, G, N - 1]
+        above = 1 + first[:, :, :-1] * rows + np.arange(rows - 1)
         above = jnp.pad(jnp.where(is_there[..., None], above, 0), ((0, 0), (0, 0), (1, 0)))
         window = remembered(state.window, context.tokens, context.length)
         top = jnp.full((b, 1), -1, jnp.int32)
@@ -165,7 +164,7 @@ def lookahead(
             tokens=jnp.concatenate([root, guess.reshape(b, -1), listed(window)], 1),
             parents=jnp.concatenate([top, above.reshape(b, -1), below], 1),
             probs=None,
-            num_drafted=is_eldest.sum((1, 2), jnp.int32) + known.sum((1, 2), jnp.int32),
+            num_drafted=is_node.sum((1, 2), jnp.int32) + known.sum((1, 2), jnp.int32),
             depth=rows,
         )
         return draft, state

@@ -17,7 +17,7 @@ from jax import lax
 
 from specjax import trees
 from specjax.drafters.lookup import agreement, best_matches
-from specjax.drafters.trie import same_beginnings, trie
+from specjax.drafters.trie import common_beginnings, trie
 from specjax.kernels.vocabulary import largest
 from specjax.types import (
     Array,
@@ -93,12 +93,15 @@ def ngrammys(
         copied, agree = continuations(context, ngram, num_matches, num_tokens)
         tokens = jnp.concatenate([copied, extended(table, root[:, 0], num_tokens)], 1)
         is_there = jnp.pad(agree > 0, ((0, 0), (0, width)), constant_values=True)
-        same = same_beginnings(tokens, jnp.where(is_there, num_tokens, 0))
-        value = jnp.concatenate([ranked(same, agree) + width, _bigram_values(agree, width)], 1)
+        common = common_beginnings(tokens, jnp.where(is_there, num_tokens, 0))
+        same = common[..., None] > np.arange(num_tokens)
+        value = jnp.concatenate(
+            [ranked(same[..., -1], agree) + width, _bigram_values(agree, width)], 1
+        )
         # A string is worth its best continuation, so that no string surpasses its beginnings.
         values = jnp.where(same, value[:, None, :, None], 0.0).max(2)
         budget = jnp.full_like(context.length, num_nodes - 1)
-        return trie(root, tokens, same, values, num_nodes, budget), state
+        return trie(root, tokens, common, values, num_nodes, budget), state
 
     def observe(params: Params, state: Any, context: Context, outcome: Outcome) -> Any:
         del params, context, outcome
@@ -128,11 +131,11 @@ def ranked(same: Array, agree: Array) -> Array:
     """Values of continuations [B, K] that put longer contexts, then frequent ones, then late first.
 
     Args:
-        same: [B, C, C, D] of the K continuations and of others behind them.
+        same: [B, C, C], which of the K continuations and of others behind them are equal.
         agree: [B, K] int32, falling, 0 where there is none.
     """
     k = agree.shape[1]
-    equal = same[:, :k, :k, -1] & (agree[:, :, None] == agree[:, None])
+    equal = same[:, :k, :k] & (agree[:, :, None] == agree[:, None])
     frequency = equal.sum(-1, dtype=jnp.int32)
     place = jnp.arange(k, 0, -1, dtype=jnp.int32)
     return ((agree * (k + 1) + frequency) * k + place).astype(jnp.float32)

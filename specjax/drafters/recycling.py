@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax import trees
+from specjax.kernels.gather import gather
 from specjax.kernels.vocabulary import largest
 from specjax.theory import best_tree
 from specjax.types import Array, Context, Draft, Drafter, Keys, Model, Outcome, Params, Proposal
@@ -72,15 +73,16 @@ def recycling(target: Model, parents: Sequence[int], k: int = 8) -> Drafter:
                 f"inherits has shape {shared.shape}; decode with the same k and target."
             )
         root = trees.root(context)
+        own = state.successors.reshape(-1, k)
+        first = jnp.arange(len(root), dtype=jnp.int32)[:, None] * target.vocab_size
         level, found = root, []  # -1 where unknown
         for depth in range(1, t.depth + 1):
             here, above = t.levels[depth], t.levels[depth - 1]
             parent = np.searchsorted(above, t.parents[here])
-            known = jnp.take_along_axis(
-                state.successors, jnp.maximum(level, 0)[..., None], 1
-            )  # [B, W, k]
+            token = jnp.maximum(level, 0)
+            known = gather(own, token + first, 1)[:, :, 0]  # [B, W, k]
             if len(shared):
-                known = jnp.where(known < 0, shared[jnp.maximum(level, 0)], known)
+                known = jnp.where(known < 0, gather(shared, token, 1)[:, :, 0], known)
             known = jnp.where(level[..., None] < 0, -1, known)
             level = known[:, parent, t.rank[here]]
             found.append(level)

@@ -11,7 +11,7 @@ import numpy as np
 
 from specjax import trees
 from specjax.drafters import corpus as corpora
-from specjax.drafters.trie import same_beginnings, trie
+from specjax.drafters.trie import common_beginnings, frequencies, trie
 from specjax.types import Context, Draft, Drafter, Keys, Outcome, Params, Proposal
 
 
@@ -55,11 +55,11 @@ def retrieval(
         tokens, length = corpora.continuations(
             params.drafter, first, count, size, num_matches, num_tokens
         )
-        same = same_beginnings(tokens, length)
-        frequency = same.sum(2).astype(jnp.float32)
+        common = common_beginnings(tokens, length)
+        frequency = frequencies(common, num_tokens).astype(jnp.float32)
         budget = jnp.full_like(count, num_nodes - 1)
         root = trees.root(context)
-        return trie(root, tokens, same, frequency, num_nodes, budget), state
+        return trie(root, tokens, common, frequency, num_nodes, budget), state
 
     def observe(params: Params, state: Any, context: Context, outcome: Outcome) -> Any:
         del context

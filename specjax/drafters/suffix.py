@@ -13,7 +13,6 @@ most: the expected number of accepted tokens, if the past repeats itself.
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -22,7 +21,7 @@ from specjax import trees
 from specjax.drafters import corpus as corpora
 from specjax.drafters.lookup import agreement, best_matches
 from specjax.drafters.retrieval import check
-from specjax.drafters.trie import same_beginnings, trie
+from specjax.drafters.trie import common_beginnings, eldest, frequencies, trie
 from specjax.types import Array, Context, Draft, Drafter, Keys, Outcome, Params, Proposal
 
 
@@ -97,16 +96,16 @@ def suffix(
         tokens, length = (
             jnp.stack(x, 2).reshape(len(context.length), -1, *x[0].shape[2:]) for x in sources
         )
-        same = jax.vmap(same_beginnings)(tokens, length)
-        value = path_values(same, length)
-        best = jnp.argmax(score(same, value, budgets), 1)
+        common = common_beginnings(tokens, length)
+        value = path_values(common, length, num_tokens)
+        best = jnp.argmax(score(common, value, budgets), 1)
 
         def row(x: Array) -> Array:
             return jnp.take_along_axis(x, best.reshape(-1, *[1] * (x.ndim - 1)), 1)[:, 0]
 
         budget = jnp.asarray(budgets)[best]
         root = trees.root(context)
-        return trie(root, row(tokens), row(same), row(value), num_nodes, budget), state
+        return trie(root, row(tokens), row(common), row(value), num_nodes, budget), state
 
     def observe(params: Params, state: Any, context: Context, outcome: Outcome) -> Any:
         del context
@@ -118,39 +117,37 @@ def suffix(
     )
 
 
-def path_values(same: Array, length: Array) -> Array:
+def path_values(common: Array, length: Array, depth: int) -> Array:
     """D of the string that each continuation has at each depth.
 
     Args:
-        same: [..., K, K, D], of `same_beginnings`.
+        common: [..., K, K], of `common_beginnings`.
         length: [..., K].
+        depth: D of the continuations.
 
     Returns:
         [..., K, D] float32; 0 beyond a continuation's length.
     """
-    d = same.shape[-1]
-    goes_on = jnp.arange(d) < length[..., None]  # [..., K, D]
-    ones = [(0, 0)] * (same.ndim - 1)
-    parent = jnp.pad(same[..., :-1], [*ones, (1, 0)], constant_values=True)
-    siblings = (parent & goes_on[..., None, :, :]).sum(-2)
-    share = same.sum(-2) / jnp.maximum(siblings, 1).astype(jnp.float32)
+    place = jnp.arange(depth)
+    goes_on = place < length[..., None, :, None]  # [..., 1, K, D]
+    siblings = ((common[..., None] >= place) & goes_on).sum(-2)
+    share = frequencies(common, depth) / jnp.maximum(siblings, 1).astype(jnp.float32)
     # One after another: rounding must not lift a node above its parent.
     path = [share[..., 0]]
-    for depth in range(1, d):
-        path.append(path[-1] * share[..., depth])
+    for d in range(1, depth):
+        path.append(path[-1] * share[..., d])
     return jnp.stack(path, -1)
 
 
-def score(same: Array, value: Array, budgets: np.ndarray) -> Array:
+def score(common: Array, value: Array, budgets: np.ndarray) -> Array:
     """The sum of D over the best nodes of each trie, as many as its budget: [..., R].
 
     Args:
-        same: [..., R, K, K, D], of `same_beginnings`.
+        common: [..., R, K, K], of `common_beginnings`.
         value: [..., R, K, D], of `path_values`.
         budgets: [R].
     """
     k, d = value.shape[-2:]
-    is_node = same.any(-2) & (jnp.argmax(same, -2) == jnp.arange(k)[:, None])
-    nodes = jnp.where(is_node, value, 0.0).reshape(*value.shape[:-2], k * d)
+    nodes = jnp.where(eldest(common, d)[1], value, 0.0).reshape(*value.shape[:-2], k * d)
     best, _ = lax.top_k(nodes, int(budgets.max()))
     return jnp.where(np.arange(budgets.max()) < budgets[:, None], best, 0.0).sum(-1)

@@ -5,40 +5,66 @@ the same tree (REST, arXiv 2311.08252; SuffixDecoding, arXiv 2411.04975).
 """
 
 import jax.numpy as jnp
-import numpy as np
 
 from specjax import trees
 from specjax.types import Array, Draft
 
 
-def same_beginnings(tokens: Array, length: Array) -> Array:
-    """Whether two continuations are equal up to and including a depth.
+def common_beginnings(tokens: Array, length: Array) -> Array:
+    """How many tokens any two continuations begin with alike.
 
     Args:
-        tokens: [B, K, D] int32.
-        length: [B, K] int32, how many of a continuation's tokens there are.
+        tokens: [..., K, D] int32.
+        length: [..., K] int32, how many of a continuation's tokens there are.
 
     Returns:
-        [B, K, K, D] bool; false where either of the two has ended.
+        [..., K, K] int32, at most the shorter one's length.
     """
-    d = tokens.shape[2]
-    is_there = jnp.arange(d) < length[..., None]
-    is_there = is_there[:, :, None] & is_there[:, None]
-    differs = (tokens[:, :, None] != tokens[:, None]) | ~is_there
-    # A product with a triangle counts differences so far: one operation, and no scan.
-    so_far = np.triu(np.ones((d, d), np.float32))
-    return jnp.einsum("bkjd,de->bkje", differs.astype(jnp.float32), so_far) == 0
+    depth = jnp.arange(tokens.shape[-1])
+    is_there = depth < jnp.minimum(length[..., None], length[..., None, :])[..., None]
+    equal = (tokens[..., None, :] == tokens[..., None, :, :]) & is_there
+    unbroken = equal[..., 0]
+    common = unbroken.astype(jnp.int32)
+    for d in range(1, tokens.shape[-1]):
+        unbroken &= equal[..., d]
+        common += unbroken
+    return common
+
+
+def frequencies(common: Array, depth: int) -> Array:
+    """How many continuations begin with the string that each has at each depth, itself included.
+
+    Args:
+        common: [..., K, K], of `common_beginnings`.
+        depth: D.
+
+    Returns:
+        [..., K, D] int32; 0 beyond a continuation's length.
+    """
+    return (common[..., None] > jnp.arange(depth)).sum(-2, dtype=jnp.int32)
+
+
+def eldest(common: Array, depth: int) -> tuple[Array, Array]:
+    """The first continuation that begins with each one's string at each depth.
+
+    Returns:
+        It [..., K, D] int32, any beyond a continuation's length, and whether it is that one itself
+        [..., K, D].
+    """
+    same = common[..., None] > jnp.arange(depth)
+    first = jnp.argmax(same, -2).astype(jnp.int32)
+    return first, same.any(-2) & (first == jnp.arange(common.shape[-1])[:, None])
 
 
 def trie(
-    root: Array, tokens: Array, same: Array, values: Array, num_nodes: int, budget: Array
+    root: Array, tokens: Array, common: Array, values: Array, num_nodes: int, budget: Array
 ) -> Draft:
     """The best nodes of all continuations as a tree of point masses.
 
     Args:
         root: [B, 1] int32, the pending token.
         tokens: [B, K, D] int32, the continuations.
-        same: [B, K, K, D], of `same_beginnings`.
+        common: [B, K, K], of `common_beginnings`.
         values: [B, K, D], positive, the same for equal strings; no string surpasses its beginnings.
         num_nodes: N of the tree, its root included; places left over are fillers.
         budget: [B] int32, how many nodes below the root are drafted at most.
@@ -47,15 +73,14 @@ def trie(
         The draft, D deep.
     """
     b, k, d = tokens.shape
-    eldest = jnp.argmax(same, 2).astype(jnp.int32)  # [B, K, D]
-    is_node = same.any(2) & (eldest == jnp.arange(k)[:, None])
+    first, is_node = eldest(common, d)
     values = jnp.where(is_node, values, -1.0)
     # Candidates level by level: the string of continuation i at depth j stands at 1 + j k + i.
-    above = 1 + jnp.arange(d - 1, dtype=jnp.int32) * k + eldest[:, :, :-1]
+    above = 1 + jnp.arange(d - 1, dtype=jnp.int32) * k + first[:, :, :-1]
     parents = jnp.pad(above, ((0, 0), (0, 0), (1, 0)))
 
-    def listed(first: Array, x: Array) -> Array:
-        return jnp.concatenate([first, x.swapaxes(1, 2).reshape(b, -1)], 1)
+    def listed(of_root: Array, x: Array) -> Array:
+        return jnp.concatenate([of_root, x.swapaxes(1, 2).reshape(b, -1)], 1)
 
     zeros = jnp.zeros((b, 1), jnp.int32)
     found, parents, values = trees.best_subtree(

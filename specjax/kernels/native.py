@@ -31,12 +31,14 @@ FLAGS = ("-O3", _NATIVE, "-std=c++20", "-fPIC", "-pthread", "-w")
 FEW_ROWS, FEW_ROWS_ON_TILES = 32, 512  # of products
 FEW_TOKENS = 512  # of attention
 LINEAR, ATTENTION = "specjax_linear", "specjax_attention"
-COMMIT, GUMBEL, BELOW = "specjax_commit", "specjax_gumbel", "specjax_below"
+COMMIT, GATHER = "specjax_commit", "specjax_gather"
+GUMBEL, BELOW = "specjax_gumbel", "specjax_below"
 ARGMAX, SOFTMAX, TOP_K = "specjax_argmax", "specjax_softmax", "specjax_top_k"
 _SYMBOLS = {
     LINEAR: "SpecjaxLinear",
     ATTENTION: "SpecjaxAttention",
     COMMIT: "SpecjaxCommit",
+    GATHER: "SpecjaxGather",
     GUMBEL: "SpecjaxGumbel",
     BELOW: "SpecjaxBelow",
     ARGMAX: "SpecjaxArgmax",
