@@ -17,9 +17,11 @@ from typing import Any
 
 import flax.struct as struct
 import jax.numpy as jnp
+from jax import lax
 
 from specjax.drafters import grow
 from specjax.drafters.jacobi import check_window, moved, swept
+from specjax.kernels.gather import gather
 from specjax.types import Array, Context, Draft, Drafter, Keys, Model, Outcome, Params
 
 
@@ -85,16 +87,25 @@ def speculative_jacobi(target: Model, num_tokens: int, choose: grow.Choose) -> D
         node, found = swept(outcome, state.tokens)
         last = jnp.take_along_axis(verdict.path, jnp.maximum(count - 1, 0)[:, None], 1)
         node = jnp.where(found, node, last)
-        new = jnp.take_along_axis(outcome.output.logits, node[..., None], 1)
         tokens, drawn = moved(state.tokens, count)
-        logits, _ = moved(state.logits, count)
         place = count[:, None] + jnp.arange(num_tokens)
         keeps = ~found & (place < state.num_known[:, None])
         gained = count > 0
+        # A row that gained nothing moves nothing: only its laws have to be kept from change.
+        is_old = keeps | ~gained[:, None]
+
+        def fresh() -> Array:
+            b, n, v = outcome.output.logits.shape
+            row = node + n * jnp.arange(b, dtype=jnp.int32)[:, None]
+            return gather(outcome.output.logits.reshape(b * n, v), row, 1)[:, :, 0]
+
+        def mixed() -> Array:
+            return jnp.where(is_old[..., None], moved(state.logits, count)[0], fresh())
+
         return SpeculativeJacobiState(
-            # A row that gained nothing moves nothing: only its laws have to be kept from change.
             jnp.where(drawn, tokens, -1),
-            jnp.where((keeps | ~gained[:, None])[..., None], logits, new),
+            # While this drafter is at work every law is new.
+            lax.cond(is_old.any(), mixed, fresh),
             jnp.where(gained, (found | keeps).sum(1, dtype=jnp.int32), state.num_known),
         )
 
