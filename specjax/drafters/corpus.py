@@ -8,7 +8,6 @@ calls.
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
-from jax import lax
 
 from specjax.kernels.gather import gather
+from specjax.kernels.search import search
 from specjax.models import hf_config
 from specjax.types import Array
 
@@ -291,35 +290,12 @@ def ranges(
         The first place in `corpus.order` [B, M] and the number of places [B, M], 0 where the
         history is shorter.
     """
-    size, num_places = np.asarray(sizes, np.int32), corpus.order.shape[0]
-    place = np.arange(size.max() + 1, dtype=np.int32)
+    size = np.asarray(sizes, np.int32)
+    place = np.arange(size.max(), dtype=np.int32)
     newest = jnp.maximum(length[:, None, None] - size[:, None] + place, 0)
     newest = jnp.minimum(newest, tokens.shape[1] - 1).reshape(len(tokens), -1)
     wanted = jnp.take_along_axis(tokens, newest, 1).reshape(len(tokens), *size.shape, -1)
-    # The range starts with the match and token 0, the least that may follow: ends come before. Its
-    # end is the last place that the match starts.
-    wanted = jnp.where(place < size[:, None], wanted, 0)[:, :, None, None]
-    is_end = np.array([False, True])[:, None]
-    is_compared = place < size[:, None, None, None] + ~is_end[..., None]  # [M, 2, 1, W]
-    equal = 2 * place.size
-    # Four parts a turn: a turn costs its dispatch more than its comparisons, on a CPU, too.
-    turns = math.ceil(num_places.bit_length() / 2)
-    probe = np.array([1, 2, 3], np.int32)
-
-    def quarter(turn: Array, bound: Array) -> Array:
-        """The bound is `bound` or up to 4^(turns - turn) - 1 places later."""
-        part = jnp.int32(1) << 2 * (turns - 1 - turn)
-        at = bound[..., None] + part * probe - 1
-        start = gather(corpus.order, at, 1)[..., 0]
-        seen = gather(corpus.tokens, start, place.size)  # [B, M, 2, 3, W]
-        # The first difference decides: its place and its sign in one number, and one reduction.
-        differs = (seen != wanted) & is_compared
-        first = jnp.where(differs, 2 * place + (seen > wanted), equal).min(-1)
-        precedes = (first % 2 == 0) & ((first < equal) | is_end) & (at < num_places)
-        return bound + part * precedes.sum(-1)
-
-    low = jnp.zeros((len(tokens), size.size, 2), jnp.int32)
-    bound = lax.fori_loop(0, turns, quarter, low)
+    bound = search(corpus.order, corpus.tokens, wanted, size)
     count = jnp.where(length[:, None] >= size, bound[..., 1] - bound[..., 0], 0)
     return bound[..., 0], count
 

@@ -31,7 +31,7 @@ FLAGS = ("-O3", _NATIVE, "-std=c++20", "-fPIC", "-pthread", "-w")
 FEW_ROWS, FEW_ROWS_ON_TILES = 32, 512  # of products
 FEW_TOKENS = 512  # of attention
 LINEAR, ATTENTION = "specjax_linear", "specjax_attention"
-COMMIT, GATHER = "specjax_commit", "specjax_gather"
+COMMIT, GATHER, SEARCH = "specjax_commit", "specjax_gather", "specjax_search"
 GUMBEL, BELOW = "specjax_gumbel", "specjax_below"
 ARGMAX, SOFTMAX, TOP_K = "specjax_argmax", "specjax_softmax", "specjax_top_k"
 _SYMBOLS = {
@@ -39,6 +39,7 @@ _SYMBOLS = {
     ATTENTION: "SpecjaxAttention",
     COMMIT: "SpecjaxCommit",
     GATHER: "SpecjaxGather",
+    SEARCH: "SpecjaxSearch",
     GUMBEL: "SpecjaxGumbel",
     BELOW: "SpecjaxBelow",
     ARGMAX: "SpecjaxArgmax",
