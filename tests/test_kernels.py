@@ -19,8 +19,19 @@ from jax import lax
 
 from specjax import engine, testing
 from specjax.drafters import grow
+from specjax.drafters.corpus import suffix_array
 from specjax.drafters.model import model
-from specjax.kernels import attention, below, commit, native, noise, vocabulary
+from specjax.kernels import (
+    agreement,
+    attention,
+    below,
+    commit,
+    gather,
+    native,
+    noise,
+    search,
+    vocabulary,
+)
 from specjax.kernels.linear import Int8, RMSNorm, Weights, gated, linear, linears, quantize
 from specjax.kernels.native import FEW_ROWS
 from specjax.sampling import sampling
@@ -465,6 +476,47 @@ def test_commit_writes_what_the_scatter_writes(dtype: jnp.dtype) -> None:
     expected = jax.jit(commit._scatter)(*operands)
     for a, e in zip(jax.jit(commit._kernel)(*operands), expected, strict=True):
         np.testing.assert_array_equal(a, e)
+
+
+@_NEEDS_COMPILER
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.bfloat16])
+def test_gather_copies_what_indexing_reads(dtype: jnp.dtype) -> None:
+    """Within the table, over either end of it and beyond; entries of one number and of several."""
+    start = jnp.array([[0, 3, 8], [-2, 9, 40]], jnp.int32)
+    for shape in ((10,), (10, 3)):
+        table = jnp.arange(np.prod(shape)).reshape(shape).astype(dtype)
+        for size in (1, 4, 12):
+            expected = gather._plain(table, start, size)
+            np.testing.assert_array_equal(
+                jax.jit(gather.gather, static_argnums=2)(table, start, size), expected
+            )
+            assert expected.shape == (2, 3, size, *shape[1:])
+
+
+@_NEEDS_COMPILER
+@pytest.mark.parametrize("size", [1, 2, 63, 64, 65, 300])
+def test_the_kernel_finds_the_ranges_that_plain_operations_find(size: int) -> None:
+    """Strings that are there, that are not, at either end; documents' ends in the text."""
+    rng = np.random.default_rng(size)
+    tokens = rng.integers(-1, 3, size).astype(np.int32)
+    tokens[-1] = -1
+    operands = (jnp.asarray(suffix_array(tokens)), jnp.asarray(tokens))
+    wanted = jnp.asarray(rng.integers(0, 4, (20, 3, 3)), jnp.int32)
+    sizes = np.array([3, 2, 1])
+    found = jax.jit(lambda *x: search._kernel(*x, sizes))(*operands, wanted)
+    np.testing.assert_array_equal(
+        found, jax.jit(lambda *x: search._plain(*x, sizes))(*operands, wanted)
+    )
+
+
+@_NEEDS_COMPILER
+@pytest.mark.parametrize("ngram", [1, 4, 30])
+def test_the_kernel_counts_the_agreement_that_plain_operations_count(ngram: int) -> None:
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 2, (6, 20)), jnp.int32)
+    operands = (tokens.at[5].set(1), jnp.array([0, 1, 2, 13, 20, 19], jnp.int32))
+    found = jax.jit(agreement._kernel, static_argnums=2)(*operands, ngram)
+    np.testing.assert_array_equal(found, agreement._plain(*operands, ngram))
+    assert found.max() == min(ngram, 18)
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (3, 700), (40000,)])

@@ -14,30 +14,9 @@ import numpy as np
 
 from specjax import trees
 from specjax.drafters import corpus as corpora
+from specjax.kernels.agreement import agreement
 from specjax.kernels.vocabulary import largest
 from specjax.types import Array, Context, Draft, Drafter, Keys, Outcome, Params, Proposal
-
-
-def agreement(tokens: Array, length: Array, ngram: int) -> Array:
-    """How many of each row's newest tokens stand just before each slot, too.
-
-    Args:
-        tokens: [B, S] history.
-        length: [B].
-        ngram: how many of the newest tokens are compared at most.
-
-    Returns:
-        [B, S] int32; 0 outside of slots 1 to length - 1.
-    """
-    slot = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    agree = jnp.zeros(tokens.shape, jnp.int32)
-    unbroken = (slot < length[:, None]) & (slot > 0)
-    for back in range(1, ngram + 1):
-        newest = jnp.take_along_axis(tokens, jnp.maximum(length - back, 0)[:, None], 1)
-        earlier = jnp.pad(tokens, ((0, 0), (back, 0)))[:, : tokens.shape[1]]
-        unbroken &= (earlier == newest) & (slot >= back) & (length[:, None] >= back)
-        agree += unbroken
-    return agree
 
 
 def best_matches(agree: Array, count: int) -> tuple[Array, Array]:

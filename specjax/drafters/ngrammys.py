@@ -16,8 +16,9 @@ import numpy as np
 from jax import lax
 
 from specjax import trees
-from specjax.drafters.lookup import agreement, best_matches
+from specjax.drafters.lookup import best_matches
 from specjax.drafters.trie import common_beginnings, trie
+from specjax.kernels.agreement import agreement
 from specjax.kernels.vocabulary import largest
 from specjax.types import (
     Array,

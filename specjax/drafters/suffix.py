@@ -19,9 +19,10 @@ from jax import lax
 
 from specjax import trees
 from specjax.drafters import corpus as corpora
-from specjax.drafters.lookup import agreement, best_matches
+from specjax.drafters.lookup import best_matches
 from specjax.drafters.retrieval import check
 from specjax.drafters.trie import common_beginnings, eldest, frequencies, trie
+from specjax.kernels.agreement import agreement
 from specjax.types import Array, Context, Draft, Drafter, Keys, Outcome, Params, Proposal
 
 

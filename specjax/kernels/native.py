@@ -31,7 +31,8 @@ FLAGS = ("-O3", _NATIVE, "-std=c++20", "-fPIC", "-pthread", "-w")
 FEW_ROWS, FEW_ROWS_ON_TILES = 32, 512  # of products
 FEW_TOKENS = 512  # of attention
 LINEAR, ATTENTION = "specjax_linear", "specjax_attention"
-COMMIT, GATHER, SEARCH = "specjax_commit", "specjax_gather", "specjax_search"
+COMMIT, GATHER = "specjax_commit", "specjax_gather"
+SEARCH, AGREEMENT = "specjax_search", "specjax_agreement"
 GUMBEL, BELOW = "specjax_gumbel", "specjax_below"
 ARGMAX, SOFTMAX, TOP_K = "specjax_argmax", "specjax_softmax", "specjax_top_k"
 _SYMBOLS = {
@@ -40,6 +41,7 @@ _SYMBOLS = {
     COMMIT: "SpecjaxCommit",
     GATHER: "SpecjaxGather",
     SEARCH: "SpecjaxSearch",
+    AGREEMENT: "SpecjaxAgreement",
     GUMBEL: "SpecjaxGumbel",
     BELOW: "SpecjaxBelow",
     ARGMAX: "SpecjaxArgmax",
