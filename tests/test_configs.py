@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,12 +24,23 @@ from specjax import checkpoints, engine, sampling, trees
 from specjax.build import build
 from specjax.data import tokenizers
 from specjax.drafters import corpus
+from specjax.drafters.recycling import recycling
 from specjax.models import hf_heads
 from specjax.models.eagle import eagle3_head
 from specjax.models.hydra import hydra_heads
 from specjax.models.medusa import medusa_heads
+from specjax.models.tabular import tabular
 from specjax.models.transformer import TransformerConfig, transformer
-from specjax.types import Decoder, Draft, ModelOutput, Params, Verdict, Verifier
+from specjax.types import (
+    Decoder,
+    DecodeState,
+    Draft,
+    Drafter,
+    ModelOutput,
+    Params,
+    Verdict,
+    Verifier,
+)
 from specjax.verifiers.block import block
 from specjax.verifiers.match import match
 from specjax.verifiers.rejection import rejection
@@ -274,11 +286,44 @@ def test_draft_free(tmp_path: Path) -> None:
     c.methods["suffix"].weights.update(vocab_size=TINY["vocab_size"], num_tokens=2000)
     (record,) = drafting.run(c)
     assert record["num_nodes"] == 7
-    assert min(record[x] for x in ("microseconds", "share", "share_of_own")) > 0
+    assert record["step_microseconds"] > 0
+    assert all(map(math.isfinite, (record[x] for x in ("microseconds", "share", "share_of_own"))))
     assert (tmp_path / "results.md").read_text().count("\n| ") == 3
     for wrong in ({"repeats": 0}, {"prompt_length": 33}, {"methods": {}}):
         with pytest.raises(ValueError, match="need"):
             drafting.run(ConfigDict({**c.to_dict(), **wrong}))
+
+
+def test_a_twin_drafts_the_same_tree_for_nothing() -> None:
+    """Whose tokens, like any, change no text under `match`."""
+    target = tabular(6)
+    params = Params(target.init(jax.random.key(0)), ())
+    real = recycling(target, [-1, 0, 0, 1], k=2)
+    texts = {}
+
+    def decoded(name: str, drafter: Drafter) -> DecodeState:
+        state = engine.decode(
+            engine.decoder(target, drafter, match()),
+            params,
+            jax.random.split(jax.random.key(1), 2),
+            sampling.sampling(2, 1.0),
+            jnp.ones((2, 3), jnp.int32),
+            jnp.full(2, 3),
+            jnp.full(2, 20),
+            24,
+        )
+        texts[name] = np.asarray(state.context.tokens)
+        return state
+
+    state = decoded("real", real)
+    draft, _ = real.propose(params, state.rng_keys, state.drafter, state.context)
+    twin = drafting.for_nothing(real, draft)
+    decoded("twin", twin)
+    np.testing.assert_array_equal(texts["twin"], texts["real"])
+    free, _ = twin.propose(params, state.rng_keys, (), state.context)
+    np.testing.assert_array_equal(free.parents, draft.parents)
+    assert free.depth == draft.depth
+    assert (free.tokens == free.tokens[:, :1]).all()
 
 
 def test_verification(tmp_path: Path) -> None:
