@@ -10,12 +10,15 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from specjax import help
+
 
 def run(main: Callable[[ConfigDict], None], config: str | None = None) -> None:
     """Calls `main` with the config of `--config=FILE` and its overrides, `--config.name=value`.
 
     What the user got wrong, a `ValueError` or `OSError` of `main` included, ends the process with
-    status 1 and one line on stderr; `--verbosity=1` shows the traceback too.
+    status 1 and one line on stderr; `--verbosity=1` shows the traceback too. `--help` says what the
+    script does and what the config has.
 
     Args:
         main: of a script that lies one directory below the repository's root.
@@ -28,6 +31,9 @@ def run(main: Callable[[ConfigDict], None], config: str | None = None) -> None:
     # the standard library's profile.
     sys.path[:] = [str(root), *(p for p in sys.path if Path(p).resolve() != script.parent)]
     default = None if config is None else str(root / config)
+    if help.wanted(sys.argv[1:]):  # before overrides are looked at: some may be wrong
+        print(help.text(main, root, default, sys.argv[1:]))
+        sys.exit()
     try:  # with a default, overrides are looked at here already
         flag = config_flags.DEFINE_config_file("config", default, "A Python file's get_config().")
     except Exception as error:  # a config is a program: it may raise anything

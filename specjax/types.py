@@ -194,7 +194,7 @@ class Stack(NamedTuple):
     only: Callable  # (layers) -> Model of these, with the same params and a cache of their own
     gated: Callable  # (gates [L] bool, *arguments of `apply`) -> what `apply` returns; layers whose
     #                  gate is false hand on their input
-    attention: Callable  # (params, tokens [B,N], positions [B,N], mask [B,N,N], cache)
+    attention: Callable | None  # (params, tokens [B,N], positions [B,N], mask [B,N,N], cache)
     #                      -> L arrays [B, K, S] float32, the weight that these tokens' queries lay
     #                      on each of the cache's slots, summed over both
 

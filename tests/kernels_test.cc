@@ -108,15 +108,16 @@ bool Same(float x, float y) { return std::isnan(x) ? std::isnan(y) : x == y; }
 
 struct Shape {
   int64_t m, k, n, count;
-  bool normed, added, gated;
+  bool normed, added, gated, gelu;
 
   std::string Name(const char* what, size_t bytes) const {
     char name[200];
     std::snprintf(name, sizeof(name),
                   "linear: %s: %d-byte weights, m %d, k %d, n %d, %d matrices, norm %d, residual %d, "
-                  "gated %d",
+                  "gated %d, gelu %d",
                   what, static_cast<int>(bytes), static_cast<int>(m), static_cast<int>(k),
-                  static_cast<int>(n), static_cast<int>(count), normed, added, gated);
+                  static_cast<int>(n), static_cast<int>(count), normed, added, gated,
+                  gelu);
     return name;
   }
 };
@@ -125,7 +126,7 @@ template <class Weight>
 void CheckLinear(Random& random, int64_t threads) {
   constexpr bool kScaled = sizeof(Weight) == 1;
   Shape shape = {random.Int(0, 40), random.Int(1, 90), random.Int(0, 90), 1,
-                 random.Bool(),     random.Bool(),     random.Bool()};
+                 random.Bool(),     random.Bool(),     random.Bool(),       random.Bool()};
   switch (random.Int(0, 9)) {
     case 0: shape.k = random.Int(500, 1100); break;   // sums of several parts
     case 1: shape.n = random.Int(300, 1500); break;   // columns of several spans
@@ -139,7 +140,7 @@ void CheckLinear(Random& random, int64_t threads) {
   } else if (!shape.added) {
     shape.count = random.Int(1, 3);
   }
-  const auto [m, k, n, count, normed, added, gated] = shape;
+  const auto [m, k, n, count, normed, added, gated, gelu] = shape;
 
   Array<float> x(random, m * k), gains(random, k), residual(random, m * n);
   Fill(random, x);
@@ -170,6 +171,7 @@ void CheckLinear(Random& random, int64_t threads) {
     f.eps = 1e-5f;
     f.residual = added ? residual.data() + first * n : nullptr;
     f.gated = gated;
+    f.gelu = gelu;
     for (int64_t j = 0; j < count; ++j) {
       float* y = nullptr;
       if (j < results) {
@@ -207,16 +209,18 @@ void CheckLinear(Random& random, int64_t threads) {
         }
         double exact = sums[0], margin = kTolerance * sizes[0] * (normed ? 2 : 1);
         if (gated) {
-          const double silu = exact < -700 ? 0 : exact / (1 + std::exp(-exact));
-          margin = 1.2 * (margin * std::fabs(sums[1]) + std::fabs(silu) * kTolerance * 2 * sizes[1]);
-          margin += kTolerance * std::fabs(silu * sums[1]) + 1e-37;  // a subnormal factor is zero
-          exact = std::isnan(sums[0]) ? sums[0] : silu * sums[1];
+          const double x = exact, twice = 1.595769121605731 * (x + 0.044715 * x * x * x);
+          const double by = gelu ? twice : x;
+          const double gate = by < -700 ? 0 : x / (1 + std::exp(-by));
+          margin = 1.2 * (margin * std::fabs(sums[1]) + std::fabs(gate) * kTolerance * 2 * sizes[1]);
+          margin += kTolerance * std::fabs(gate * sums[1]) + 1e-37;  // a subnormal factor is zero
+          exact = std::isnan(sums[0]) ? sums[0] : gate * sums[1];
         }
         if (added) {
           exact += residual[r * n + c];
           margin += kTolerance * std::fabs(residual[r * n + c]);
         }
-        // What is infinite under SiLU is left to the caller's own arithmetic.
+        // What is infinite under a gate is left to the caller's own arithmetic.
         if (gated && (std::isinf(sums[0]) || std::isinf(sums[1]))) continue;
         const float found = (*ys[j])[r * widths[j] + c];
         if (!Near(found, exact, margin)) {
@@ -251,7 +255,7 @@ struct Call {
   Array<float> queries, keys, values, cos, sin, mixed;
   Array<bool> mask;
   Array<Number> prefix_keys, prefix_values, block_keys, block_values, all_keys, all_values;
-  Array<int32_t> prefix_length;
+  Array<int32_t> prefix_length, skip;
 
   Call(Random& random, int64_t b, int64_t n, int64_t k, int64_t g, int64_t h, int64_t s, int64_t m)
       : queries(random, b * n * k * g * h),
@@ -267,7 +271,8 @@ struct Call {
         block_values(random, b * k * (m - n) * h),
         all_keys(random, b * k * m * h),
         all_values(random, b * k * m * h),
-        prefix_length(random, b) {
+        prefix_length(random, b),
+        skip(random, b * n) {
     f = {b,
          n,
          k,
@@ -281,6 +286,8 @@ struct Call {
          cos.data(),
          sin.data(),
          mask.data(),
+         skip.data(),
+         0,
          prefix_keys.data(),
          prefix_values.data(),
          prefix_length.data(),
@@ -343,7 +350,8 @@ void Compare(const Call<Number>& call) {
           auto see = [&](const Number* key, const Number* value) {
             double score = 0;
             for (int64_t j = 0; j < h; ++j) score += q[j] * Real(key[j]);
-            scores.push_back(score / std::sqrt(static_cast<double>(h)));
+            score /= std::sqrt(static_cast<double>(h));
+            scores.push_back(f.softcap > 0 ? f.softcap * std::tanh(score / f.softcap) : score);
             seen.push_back(value);
           };
           for (int64_t s = 0; s < f.prefix_length[b]; ++s) {
@@ -354,6 +362,9 @@ void Compare(const Call<Number>& call) {
             const int64_t at = (item * m + j) * h;
             if (f.mask[(b * n + i) * m + j]) see(f.all_keys + at, f.all_values + at);
           }
+          const int64_t skipped = f.skip[b * n + i];
+          scores.erase(scores.begin(), scores.begin() + skipped);
+          seen.erase(seen.begin(), seen.begin() + skipped);
           double peak = -std::numeric_limits<double>::infinity(), total = 0;
           bool nan = false;
           for (double score : scores) {
@@ -403,6 +414,11 @@ void CheckAttention(Random& random, int64_t threads) {
   for (int64_t i = 0; i < call.mask.size; ++i) {
     call.mask[i] = random.Bool() || i % m == m - n + i / m % n;  // a node sees itself
   }
+  for (int64_t i = 0; i < b * n; ++i) {
+    const int64_t most = call.prefix_length[i / n];
+    call.skip[i] = static_cast<int32_t>(random.Bool() ? random.Int(0, most) : 0);
+  }
+  call.f.softcap = random.Bool() ? 2 : 0;
   if (random.Int(0, 5) == 0) {
     const int64_t at = random.Int(0, call.keys.size - 1);
     call.keys[at] = std::nanf("");
@@ -429,7 +445,9 @@ void CheckAttention(Random& random, int64_t threads) {
   std::copy_n(call.block_keys.data(), call.block_keys.size, part.block_keys.data());
   std::copy_n(call.block_values.data(), call.block_values.size, part.block_values.data());
   std::copy_n(call.prefix_length.data(), b, part.prefix_length.data());
+  part.f.softcap = call.f.softcap;
   for (int64_t row = 0; row < b; ++row) {
+    std::copy_n(call.skip.data() + row * n, few, part.skip.data() + row * few);
     for (int64_t i = 0; i < n; ++i) {
       for (int64_t j = 0; j < m; ++j) {
         bool& sees = call.mask[(row * n + i) * m + j];
@@ -455,6 +473,7 @@ template <class Number>
 void CheckPlaces(Random& random, int64_t threads) {
   const int64_t length = random.Int(2, random.Bool() ? 30 : 150), k = 2;
   const int64_t g = random.Int(1, 3), h = 2 * random.Int(1, 40);
+  const int64_t window = random.Bool() ? random.Int(1, length) : length;  // tokens that one sees
   Call<Number> whole(random, 1, length, k, g, h, 1, length);
   for (const auto* array : {&whole.queries, &whole.keys, &whole.values}) Fill(random, *array);
   for (int64_t i = 0; i < whole.cos.size; ++i) {
@@ -465,6 +484,7 @@ void CheckPlaces(Random& random, int64_t threads) {
   std::fill_n(whole.prefix_values.data(), k * h, Number{});
   whole.prefix_length[0] = 0;
   for (int64_t i = 0; i < length * length; ++i) whole.mask[i] = i % length <= i / length;
+  for (int64_t i = 0; i < length; ++i) whole.skip[i] = std::max<int64_t>(0, i + 1 - window);
   Run(threads, whole.f);
   for (int64_t j : {int64_t{1}, length / 2, (length - 1) / 32 * 32, length - 1}) {
     const int64_t n = length - j, slots = j + random.Int(0, 5);
@@ -481,6 +501,7 @@ void CheckPlaces(Random& random, int64_t threads) {
     }
     call.prefix_length[0] = static_cast<int32_t>(j);
     for (int64_t i = 0; i < n * n; ++i) call.mask[i] = i % n <= i / n;
+    for (int64_t i = 0; i < n; ++i) call.skip[i] = std::max<int64_t>(0, j + i + 1 - window);
     Run(threads, call.f);
     for (int64_t i = 0; i < call.mixed.size; ++i) {
       if (call.mixed[i] != whole.mixed[j * k * g * h + i]) {

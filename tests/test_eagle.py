@@ -228,7 +228,7 @@ def test_fused_layers_are_low_middle_and_high() -> None:
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + LAYER.rms_norm_eps) * weight
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + LAYER.norm_eps) * weight
 
 
 def attention(x: np.ndarray, w: dict[str, np.ndarray], name: str) -> np.ndarray:

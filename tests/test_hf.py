@@ -33,7 +33,7 @@ CONFIG = TransformerConfig(
     head_dim=6,
     max_position_embeddings=64,
     rope_theta=5000.0,
-    rms_norm_eps=1e-6,
+    norm_eps=1e-6,
 )
 UNTIED = dataclasses.replace(CONFIG, tie_embeddings=False)
 SCALED = dataclasses.replace(CONFIG, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 32))

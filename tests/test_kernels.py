@@ -97,7 +97,7 @@ def test_product(kind: str, rows: int, inputs: int, outputs: int) -> None:
 @_EVERY_KIND
 @pytest.mark.parametrize("rows", [0, 7, FEW_ROWS + 1])
 def test_what_goes_with_a_product(kind: str, rows: int) -> None:
-    """A norm before it, an addition or SiLU after it, several at once, a batch of two axes."""
+    """A norm before it, an addition or a gate after it, several at once, a batch of two axes."""
     (x, w), (residual, v) = _operands(2 * rows, 90, 70), _operands(2 * rows, 70, 90)
     w, v = _KINDS[kind](w), _KINDS[kind](jnp.resize(v, (70, 90)))
     gains = 1 + jnp.arange(90) / 90
@@ -111,10 +111,13 @@ def test_what_goes_with_a_product(kind: str, rows: int) -> None:
     added = linear(x, w, norm=norm, residual=residual)
     margin = _MARGIN * (sizes[0] + np.abs(_exact(residual)))
     _assert_within(added, sums[0] + _exact(residual), margin)
-    silu = sums[0] / (1 + np.exp(-sums[0]))
-    # SiLU's slope is at most 1.1; its own rounding is a few units more.
-    margin = _MARGIN * (1.1 * sizes[0] * np.abs(sums[1]) + np.abs(silu) * (sizes[1] + 1))
-    _assert_within(gated(x, w, v, norm), silu * sums[1], margin + _MARGIN * np.abs(silu * sums[1]))
+    twice = 2 * np.sqrt(2 / np.pi) * (sums[0] + 0.044715 * sums[0] ** 3)
+    for activation, by in (("silu", sums[0]), ("gelu", twice)):
+        gate = sums[0] / (1 + np.exp(-by))
+        # Its slope is less than 1.2; its own rounding is a few units more.
+        margin = _MARGIN * (1.2 * sizes[0] * np.abs(sums[1]) + np.abs(gate) * (sizes[1] + 1))
+        margin += _MARGIN * np.abs(gate * sums[1])
+        _assert_within(gated(x, w, v, norm, activation), gate * sums[1], margin)
 
 
 @_EVERY_KIND
@@ -283,8 +286,16 @@ def test_few_rows_go_through_the_kernel() -> None:
 
 
 def _attention(
-    b: int, n: int, k: int, g: int, h: int, s: int, m: int, dtype: str = "float32"
-) -> tuple[jax.Array, ...]:
+    b: int,
+    n: int,
+    k: int,
+    g: int,
+    h: int,
+    s: int,
+    m: int,
+    dtype: str = "float32",
+    skips: bool = False,
+) -> tuple[Any, ...]:
     """Operands of `attention._two_products`, rows of any history and any mask that holds self."""
     rng = np.random.default_rng(b + n + h + s)
 
@@ -294,9 +305,11 @@ def _attention(
     angle = normal(b, n, h // 2)
     mask = jnp.asarray(rng.random((b, n, m)) < 0.5) | jnp.eye(n, m, m - n, dtype=bool)
     length = jnp.asarray(rng.integers(0, s + 1, b), jnp.int32)
+    num_seen = length[:, None] + mask.sum(-1)
+    skip = jnp.asarray(rng.random((b, n)) * num_seen, jnp.int32) if skips else None
     return (
         *(normal(b, n, k * g, h), normal(b, n, k, h), normal(b, n, k, h)),
-        *(jnp.cos(angle), jnp.sin(angle), mask),
+        *(jnp.cos(angle), jnp.sin(angle), mask, skip),
         *(normal(b, k, s, h).astype(dtype), normal(b, k, s, h).astype(dtype), length),
         *(normal(b, k, m - n, h).astype(dtype), normal(b, k, m - n, h).astype(dtype)),
     )
@@ -307,6 +320,7 @@ _EVERY_CACHE = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 @_NEEDS_COMPILER
 @_EVERY_CACHE
+@pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize(
     ("b", "n", "k", "g", "h", "s", "m"),
     [
@@ -319,13 +333,15 @@ _EVERY_CACHE = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
         (2, 11, 1, 7, 46, 18, 12),
     ],
 )
-def test_attention(b: int, n: int, k: int, g: int, h: int, s: int, m: int, dtype: str) -> None:
+def test_attention(
+    b: int, n: int, k: int, g: int, h: int, s: int, m: int, softcap: float | None, dtype: str
+) -> None:
     """Heads that fill no lanes, groups of rows of every size, earlier nodes in the block."""
-    operands = _attention(b, n, k, g, h, s, m, dtype)
-    expected = jax.jit(attention._two_products)(*operands)
+    operands = _attention(b, n, k, g, h, s, m, dtype, softcap is not None)
+    expected = jax.jit(attention._two_products, static_argnums=0)(softcap, *operands)
     # A rotated key may lie between two numbers of bfloat16, and go to either.
     margin = 3e-6 if dtype == "float32" else 2e-2
-    for a, e in zip(attention._few_rows(*operands), expected, strict=True):
+    for a, e in zip(attention._few_rows(softcap, *operands), expected, strict=True):
         assert a.dtype == e.dtype
         np.testing.assert_allclose(*(x.astype(jnp.float32) for x in (a, e)), margin, margin)
 
@@ -338,16 +354,23 @@ class _Chain(NamedTuple):
     block: tuple[jax.Array, jax.Array]  # [1, K, T, H]
 
 
-def _chain(dtype: str, tokens: int = 13, k: int = 2, g: int = 3, h: int = 22) -> _Chain:
+def _chain(
+    dtype: str, tokens: int = 13, k: int = 2, g: int = 3, h: int = 22, window: int | None = None
+) -> _Chain:
+    """Tokens see so many of the latest, themselves included."""
     operands = _attention(1, tokens, k, g, h, 1, tokens, dtype)
     causal = jnp.tril(jnp.ones((1, tokens, tokens), bool))
-    no_prefix = (*operands[6:8], jnp.zeros(1, jnp.int32))
-    mixed, *block = attention._few_rows(*operands[:5], causal, *no_prefix, *operands[9:])
+    no_prefix = (*operands[7:9], jnp.zeros(1, jnp.int32))
+    skip = jnp.maximum(jnp.arange(tokens, dtype=jnp.int32) - (window or tokens) + 1, 0)[None]
+    mixed, *block = attention._few_rows(
+        None, *operands[:5], causal, skip, *no_prefix, *operands[10:]
+    )
     return _Chain(operands[:5], mixed, (block[0], block[1]))
 
 
 @_NEEDS_COMPILER
 @_EVERY_CACHE
+@pytest.mark.parametrize("window", [None, 3, 40])
 @pytest.mark.parametrize(
     ("tokens", "places"),
     [
@@ -356,10 +379,10 @@ def _chain(dtype: str, tokens: int = 13, k: int = 2, g: int = 3, h: int = 22) ->
     ],
 )
 def test_attention_does_not_depend_on_where_history_lies(
-    tokens: int, places: list[tuple[int, int]], dtype: str
+    tokens: int, places: list[tuple[int, int]], window: int | None, dtype: str
 ) -> None:
     """Some of it in the prefix, some in the block, the rest new; the slots beyond hold NaN."""
-    chain = _chain(dtype, tokens)
+    chain = _chain(dtype, tokens, window=window)
     for committed, earlier in places:
         first = committed + earlier
         beyond = ((0, 0), (0, 0), (0, 4), (0, 0))
@@ -369,6 +392,7 @@ def test_attention_does_not_depend_on_where_history_lies(
             jnp.tril(jnp.ones((1, tokens - first, tokens - committed), bool), earlier),
             (*slots, jnp.array([committed], jnp.int32)),
             tuple(x[:, :, committed:first] for x in chain.block),
+            jnp.maximum(jnp.arange(first, tokens) - window + 1, 0)[None] if window else None,
         )
         np.testing.assert_array_equal(mixed, chain.mixed[:, first:])
         for found, whole in zip(block, chain.block, strict=True):
@@ -399,9 +423,9 @@ def test_attention_does_not_depend_on_siblings(dtype: str) -> None:
 @_EVERY_CACHE
 def test_attention_of_rows_does_not_depend_on_each_other(dtype: str) -> None:
     operands = _attention(3, 4, 2, 2, 34, 20, 6, dtype)
-    together = attention._few_rows(*operands)
+    together = attention._few_rows(None, *operands)
     for i in range(3):
-        alone = attention._few_rows(*(x[i : i + 1] for x in operands))
+        alone = attention._few_rows(None, *(x if x is None else x[i : i + 1] for x in operands))
         for a, t in zip(alone, together, strict=True):
             np.testing.assert_array_equal(a[0], t[i])
 
@@ -410,12 +434,14 @@ def test_attention_of_rows_does_not_depend_on_each_other(dtype: str) -> None:
 @_EVERY_CACHE
 def test_attention_to_nan_is_nan(dtype: str) -> None:
     """In a key of the prefix, of the block or a new one, for whoever sees it and nobody else."""
-    *news, mask, keys, values, _, block_keys, block_values = _attention(2, 3, 2, 2, 20, 9, 5, dtype)
+    operands = _attention(2, 3, 2, 2, 20, 9, 5, dtype)
+    *news, mask, skip, keys, values, _, block_keys, block_values = operands
     length = jnp.array([9, 4], jnp.int32)
 
     def mixed(new_keys: jax.Array, keys: jax.Array, block_keys: jax.Array) -> np.ndarray:
-        rest = (*news[2:], mask, keys, values, length, block_keys, block_values)
-        return np.asarray(attention._few_rows(news[0], new_keys, *rest)[0]).reshape(2, 3, 2, -1)
+        rest = (*news[2:], mask, skip, keys, values, length, block_keys, block_values)
+        mixed = attention._few_rows(None, news[0], new_keys, *rest)[0]
+        return np.asarray(mixed).reshape(2, 3, 2, -1)
 
     clean = mixed(news[1], keys, block_keys)
     for spoilt, seen in (
@@ -431,29 +457,32 @@ def test_attention_to_nan_is_nan(dtype: str) -> None:
 @_NEEDS_COMPILER
 def test_attention_reads_history_only_and_rows_alone() -> None:
     operands = list(_attention(2, 6, 2, 2, 32, 40, 6))
-    mixed, keys, _ = attention._few_rows(*operands)
-    garbage = jnp.arange(40) >= operands[8][:, None]
-    for i in (6, 7):
+    mixed, keys, _ = attention._few_rows(None, *operands)
+    garbage = jnp.arange(40) >= operands[9][:, None]
+    for i in (7, 8):
         operands[i] = jnp.where(garbage[:, None, :, None], jnp.nan, operands[i])
-    np.testing.assert_array_equal(attention._few_rows(*operands)[0], mixed)
+    np.testing.assert_array_equal(attention._few_rows(None, *operands)[0], mixed)
     # The first two tokens alone, of which the second may see what it saw.
     two = [x[:, :2] for x in operands[:5]]
     two += [operands[5][:, :2, :2], *operands[6:]]
     others = operands[5].at[:, :2, 2:].set(False)
     operands[5] = others
     np.testing.assert_allclose(
-        attention._few_rows(*two)[0], attention._few_rows(*operands)[0][:, :2], atol=1e-6
+        attention._few_rows(None, *two)[0],
+        attention._few_rows(None, *operands)[0][:, :2],
+        atol=1e-6,
     )
-    np.testing.assert_array_equal(attention._few_rows(*two)[1], keys[:, :, :2])
+    np.testing.assert_array_equal(attention._few_rows(None, *two)[1], keys[:, :, :2])
 
 
 @_NEEDS_COMPILER
-def test_attention_has_the_plain_gradient() -> None:
-    operands = _attention(1, 3, 2, 2, 8, 6, 4)
-    floats = (0, 1, 2, 6, 7, 9, 10)
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_attention_has_the_plain_gradient(softcap: float | None) -> None:
+    operands = _attention(1, 3, 2, 2, 8, 6, 4, skips=softcap is not None)
+    floats = (0, 1, 2, 7, 8, 10, 11)
 
     def gradient(function: Callable) -> tuple[jax.Array, ...]:
-        squares = jax.grad(lambda *x: sum((y**2).sum() for y in function(*x)), floats)
+        squares = jax.grad(lambda *x: sum((y**2).sum() for y in function(softcap, *x)), floats)
         return jax.jit(squares)(*operands)
 
     plain = gradient(attention._two_products)

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -18,7 +19,7 @@ from ml_collections import ConfigDict
 from configs import generate as generate_config
 from configs.bench import demo
 from decode import benchmark, generate
-from specjax import checkpoints, engine, prompts
+from specjax import checkpoints, engine, help, prompts
 from specjax.build import build, mentions
 from specjax.data import tokenizers
 from specjax.drafters import corpus as corpora
@@ -134,6 +135,202 @@ def test_prompts_from_files(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("one\n\ntwo\n")
     assert prompts.read(file) == ["one", "two"]
+
+
+# ------------------------------------------------------------------------------------------ --help
+
+
+def helped(script: str | Path, *arguments: str, columns: int = 100) -> tuple[int, str, str]:
+    """Status, standard output and standard error of a script."""
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments],
+        env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "COLUMNS": str(columns)},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A script and configs of its own, which do not wait for JAX."""
+    root = tmp_path_factory.mktemp("repository")
+    files = {
+        "scripts/script.py": """
+            '''Does nothing.
+
+                python scripts/script.py  # or so
+            '''
+
+            from absl import flags
+            from specjax import scripts
+
+            flags.DEFINE_bool("json", False, "Prints JSON.")
+            flags.DEFINE_integer("times", 3, "How often.")
+
+            def main(c):
+                raise AssertionError("main was called")
+
+            scripts.run(main, "configs/base.py")
+            """,
+        "configs/base.py": """
+            from ml_collections import ConfigDict
+
+            def get_config():
+                c = ConfigDict()
+                # The order of the source,
+                # not of the alphabet.
+                c.zeta = 1
+                c.words = "two words"  # said
+                # and continued
+                # Of one, not of the other.
+                c.one = c.other = None  # both
+                c.left, c.right = 1, 2  # of the pair
+                c.long = tuple(range(100, 200))
+                c.text = "first\\nsecond"
+                c.inner = {  # within
+                    "a": 1,  # the letter
+                    "b": "#",
+                    "deep er": {"x": 1},  # no name
+                }
+                c.inner.c = 0.5  # added
+                c.inner.update(d=4)
+                c.made = ConfigDict({"k": {"v": 1}})
+                return c
+            """,
+        "configs/plain.py": """
+            import ml_collections
+
+            def get_config(size=""):
+                config = ml_collections.ConfigDict({"size": size or 3, "b": 2})
+                return config
+            """,
+        "configs/more/derived.py": """
+            from configs import base
+
+            def get_config():
+                c = base.get_config()
+                c.zeta = 7
+                c.words = "other"  # said anew
+                c.inner.c = 1.5
+                c.new = True  # of this file
+                return c
+            """,
+        "configs/alias.py": """
+            from configs.more.derived import get_config as start
+
+            def get_config():
+                return start()
+            """,
+        "configs/broken.py": "def get_config():\n    raise RuntimeError('no\\nluck')\n",
+    }
+    for name, source in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(textwrap.dedent(source).lstrip("\n"))
+    return root
+
+
+def option(text: str, name: str) -> str:
+    """What a help says of an option, in one line."""
+    rows = re.split(r"\n(?=  -|\n)", text)
+    return " ".join(next(row for row in rows if row.startswith(f"  {name}")).split())
+
+
+def test_help_of_generate() -> None:
+    script = ROOT / "decode" / "generate.py"
+    for flag in ("--help", "-h"):
+        status, out, err = helped(script, "--config.nothing=1", flag, "--config.temperature=x")
+        assert (status, err) == (0, "")
+        assert out.startswith("Continues a prompt, a file of prompts or standard input")
+        assert "Options (configs/generate.py)\n" in out
+        assert "  --config.temperature=0.0\n" in out
+        assert re.search(r"\n  --config.steps_per_call=2 {2,}between two looks at the text", out)
+        assert option(out, "--config.tree_of_heads").endswith("the more it has below.")
+        assert option(out, "--config.drafters").startswith("--config.drafters {eagle, hydra,")
+        assert "specjax.drafters" not in out.split("Options")[1]
+        assert "--verbosity=1" in out
+        assert "--config=FILE" in out
+        assert max(map(len, out.splitlines())) <= 100
+
+
+def test_help_lists_entries_with_their_comments(repository: Path) -> None:
+    status, out, err = helped(repository / "scripts/script.py", "--helpshort", "--json=maybe")
+    assert (status, err) == (0, "")
+    assert out.startswith("Does nothing.\n\n    python scripts/script.py  # or so\n\nOptions (conf")
+    zeta = "--config.zeta=1 The order of the source, not of the alphabet."
+    assert option(out, "--config.zeta") == zeta
+    assert option(out, "--config.words") == '--config.words="two words" said and continued'
+    assert option(out, "--config.one") == "--config.one=None Of one, not of the other. both"
+    assert option(out, "--config.other") == "--config.other=None Of one, not of the other. both"
+    assert option(out, "--config.right") == "--config.right=2 of the pair"
+    assert option(out, "--config.text") == "--config.text=first..."
+    assert option(out, "--config.long").endswith("...")
+    assert option(out, "--config.inner") == "--config.inner within: {a, b, c, d, deep er}"
+    assert option(out, "--config.inner.a") == "--config.inner.a=1 the letter"
+    assert option(out, "--config.inner.c") == "--config.inner.c=0.5 added"
+    assert option(out, "--config.inner.d") == "--config.inner.d=4"
+    assert option(out, "--config.made") == "--config.made {k}"
+    assert "inner.b" not in out
+    assert "inner.deep" not in out
+    assert option(out, "--json") == "--json Prints JSON."
+    assert option(out, "--times") == "--times=3 How often."
+    assert out.index("config.zeta") < out.index("config.words") < out.index("config.inner")
+    narrow = helped(repository / "scripts/script.py", "-help", columns=50)[1]
+    assert max(map(len, narrow.splitlines())) <= 50
+    assert option(narrow, "--config.zeta") == zeta
+
+
+def test_help_of_a_derived_config(repository: Path) -> None:
+    for name in ("more/derived", "alias"):
+        file = repository / "configs" / f"{name}.py"
+        out = helped(repository / "scripts/script.py", f"--config={file}", "--help")[1]
+        assert f"Options (configs/{name}.py)" in out
+        zeta = "--config.zeta=7 The order of the source, not of the alphabet."
+        assert option(out, "--config.zeta") == zeta
+        assert option(out, "--config.words") == "--config.words=other said anew"
+        assert option(out, "--config.inner.c") == "--config.inner.c=1.5 added"
+        assert option(out, "--config.new") == "--config.new=True of this file"
+
+
+def test_help_of_a_config_without_comments(repository: Path) -> None:
+    file = str(repository / "configs/plain.py")
+    for given, size in ((file, "3"), (f"{file}:large", "large")):
+        out = helped(repository / "scripts/script.py", "-h", "--config", given)[1]
+        assert f"  --config.b=2\n  --config.size={size}\n" in out
+        assert "Options (configs/plain.py)" in out
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [("nowhere.py", "FileNotFoundError"), ("configs/broken.py", "RuntimeError: no luck")],
+)
+def test_help_where_the_config_cannot_be_had(repository: Path, config: str, message: str) -> None:
+    file = repository / config
+    status, out, err = helped(repository / "scripts/script.py", f"--config={file}", "--help")
+    assert (status, err) == (0, "")
+    assert out.startswith("Does nothing.")
+    assert message in " ".join(out.split())
+    assert "Other flags" in out
+
+
+def test_help_of_a_script_without_a_default() -> None:
+    status, out, _ = helped(ROOT / "train" / "train.py", "--help")
+    assert status == 0
+    assert "must be given: --config=FILE" in out
+
+
+def test_help_is_what_was_asked_for() -> None:
+    assert help.wanted(["--config.prompt=x", "-h"])
+    assert not help.wanted(["--config.prompt=-h", "--helpfull"])
+    assert not help.wanted(["--", "--help"])
+
+
+def test_help_finds_comments_of_every_config() -> None:
+    """Of whatever form they are, and a good deal of them."""
+    found = {file: help.comments(file, ROOT) for file in sorted((ROOT / "configs").glob("**/*.py"))}
+    assert all(found.values())
+    assert sum(bool(note) for notes in found.values() for note in notes.values()) > 100
 
 
 # ------------------------------------------------------------------------------------ what is wrong

@@ -126,11 +126,12 @@ def snapkv(budget: int, window: int, refresh: int, pool: int = 7) -> Callable[[M
 
     def view(target: Model) -> View:
         stack = target.stack
-        if stack is None:
+        if stack is None or stack.attention is None:
             raise ValueError(
                 f"snapkv chooses {budget} slots by attention but this target does not tell its "
-                "own; pass a whole transformer or view it by streaming()."
+                "own; pass a whole transformer without windows, or view it by streaming()."
             )
+        attention = stack.attention
 
         def init(batch_size: int, max_length: int) -> SnapKVState:
             keys = jax.eval_shape(lambda: target.init_cache(batch_size, max_length)).keys
@@ -146,7 +147,7 @@ def snapkv(budget: int, window: int, refresh: int, pool: int = 7) -> Callable[[M
             tokens = jnp.take_along_axis(context.tokens, slots, 1)
             causal = jnp.broadcast_to(place <= place[:, None], (*tokens.shape, window))
             before = caches.truncate(context.cache, start)
-            weight = stack.attention(params.target, tokens, positions, causal, before)
+            weight = attention(params.target, tokens, positions, causal, before)
             return most_attended(jnp.stack(weight, 1), start, budget, pool)
 
         def observe(

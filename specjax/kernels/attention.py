@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
@@ -34,6 +35,8 @@ def attend(
     mask: Array,
     prefix: tuple[Array, Array, Array],
     block: tuple[Array, Array] | None = None,
+    skip: Array | None = None,
+    softcap: float | None = None,
 ) -> tuple[Array, Array, Array]:
     """Rotary softmax attention over the prefix's history and the block, the new tokens last in it.
 
@@ -50,6 +53,10 @@ def attend(
         prefix: keys and values [B, K, S, H], float32 or bfloat16, S may be 0, and the number of
             slots in use [B] int32.
         block: keys and values [B, K, M - N, H] of earlier nodes, of the prefix's type.
+        skip: [B, N] int32, how many of the keys that a token sees, the prefix's and then those of
+            the block that its mask shows, it does not see after all, from the first; fewer than it
+            sees. By default 0.
+        softcap: c of scores that become c tanh(score / c), if any (arXiv 2408.00118).
 
     Returns:
         The mixed values [B, N, Q, H] and the block's keys and values [B, K, M, H].
@@ -58,19 +65,23 @@ def attend(
     kind = prefix[0].dtype
     if block is None:
         block = (jnp.zeros((b, k, 0, h), kind), jnp.zeros((b, k, 0, h), kind))
-    arrays = (queries, keys, values, cos, sin, mask, *prefix, *block)
+    arrays = (queries, keys, values, cos, sin, mask, skip, *prefix, *block)
     stored = {x.dtype for x in (*prefix[:2], *block)}
     served = stored in ({jnp.dtype(jnp.float32)}, {jnp.dtype(jnp.bfloat16)})
     served &= queries.dtype == jnp.float32  # others would be rounded otherwise than in training
     if n > native.FEW_TOKENS or not prefix[0].shape[2] or not served or not native.available():
-        return _two_products(*arrays)
-    return lax.platform_dependent(*arrays, cpu=_few_rows, default=_two_products)
+        return _two_products(softcap, *arrays)
+    few, default = partial(_few_rows, softcap), partial(_two_products, softcap)
+    return lax.platform_dependent(*arrays, cpu=few, default=default)
 
 
-@jax.custom_vjp
-def _few_rows(*arrays: Array) -> tuple[Array, Array, Array]:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _few_rows(softcap: float | None, *arrays: Array) -> tuple[Array, Array, Array]:
     """The kernel, whose batch takes in what `vmap` adds."""
-    kernel = custom_vmap(_sharded)
+    if arrays[6] is None:
+        nothing = jnp.zeros(arrays[0].shape[:2], jnp.int32)
+        arrays = (*arrays[:6], nothing, *arrays[7:])
+    kernel = custom_vmap(partial(_sharded, softcap))
 
     @kernel.def_vmap
     def rule(size: int, batched: list[bool], *arrays: Array) -> tuple[Any, tuple[bool, ...]]:
@@ -85,12 +96,16 @@ def _few_rows(*arrays: Array) -> tuple[Array, Array, Array]:
     return mixed, block_keys, block_values
 
 
-def _forward(*arrays: Array) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
-    return _few_rows(*arrays), arrays
+def _forward(
+    softcap: float | None, *arrays: Array
+) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
+    return _few_rows(softcap, *arrays), arrays
 
 
-def _backward(arrays: tuple[Array, ...], d_results: tuple[Array, ...]) -> tuple[Array, ...]:
-    return jax.vjp(_two_products, *arrays)[1](d_results)
+def _backward(
+    softcap: float | None, arrays: tuple[Array, ...], d_results: tuple[Array, ...]
+) -> tuple[Array, ...]:
+    return jax.vjp(partial(_two_products, softcap), *arrays)[1](d_results)
 
 
 _few_rows.defvjp(_forward, _backward)
@@ -98,17 +113,20 @@ _few_rows.defvjp(_forward, _backward)
 
 # One word for each axis of the kernel's operands and results; devices may share b and heads.
 _OPERANDS = (
-    *("b n heads g h", "b n heads h", "b n heads h", "b n half", "b n half", "b n m"),
+    *("b n heads g h", "b n heads h", "b n heads h", "b n half", "b n half", "b n m", "b n"),
     *("b heads s h", "b heads s h", "b", "b heads earlier h", "b heads earlier h"),
 )
 _RESULTS = ("b n heads g h", "b heads m h", "b heads m h")
 _WHOLE = "n g h half m s earlier"
 
 
-def _sharded(*arrays: Array) -> tuple[Array, Array, Array]:
-    kernel = custom_partitioning(_kernel)
+def _sharded(softcap: float | None, *arrays: Array) -> tuple[Array, Array, Array]:
+    def part(*arrays: Array) -> tuple[Array, Array, Array]:
+        return _kernel(softcap, *arrays)
+
+    kernel = custom_partitioning(part)
     kernel.def_partition(
-        partition=partial(native.partition, _kernel, _OPERANDS, _RESULTS, _WHOLE),
+        partition=partial(native.partition, part, _OPERANDS, _RESULTS, _WHOLE),
         sharding_rule=f"{', '.join(_OPERANDS)} -> {', '.join(_RESULTS)}",
         need_replication_factors=tuple(_WHOLE.split()),
     )
@@ -117,23 +135,26 @@ def _sharded(*arrays: Array) -> tuple[Array, Array, Array]:
     return mixed.reshape(b, n, -1, h), block_keys, block_values
 
 
-def _kernel(*arrays: Array) -> tuple[Array, Array, Array]:
+def _kernel(softcap: float | None, *arrays: Array) -> tuple[Array, Array, Array]:
     """Queries and mixed values are [B, N, K, Q / K, H] here."""
     queries, keys, mask = arrays[0], arrays[1], arrays[5]
     b, _, k, h = keys.shape
-    block = jax.ShapeDtypeStruct((b, k, mask.shape[2], h), arrays[6].dtype)
+    block = jax.ShapeDtypeStruct((b, k, mask.shape[2], h), arrays[7].dtype)
     results = (jax.ShapeDtypeStruct(queries.shape, jnp.float32), block, block)
-    mixed, block_keys, block_values = jax.ffi.ffi_call(native.ATTENTION, results)(*arrays)
+    call = jax.ffi.ffi_call(native.ATTENTION, results)
+    mixed, block_keys, block_values = call(*arrays, softcap=np.float32(softcap or 0))
     return mixed, block_keys, block_values
 
 
 def _two_products(
+    softcap: float | None,
     queries: Array,
     keys: Array,
     values: Array,
     cos: Array,
     sin: Array,
     mask: Array,
+    skip: Array | None,
     prefix_keys: Array,
     prefix_values: Array,
     prefix_length: Array,
@@ -157,10 +178,15 @@ def _two_products(
     def scores(keys: Array) -> Array:
         keys = keys.astype(kind)
         x = jnp.einsum("bkqh,bksh->bkqs", q.astype(kind), keys, preferred_element_type=jnp.float32)
+        x = x if softcap is None else softcap * jnp.tanh(x / softcap)
         return x.reshape(b, k, g, n, -1)
 
-    seen = jnp.arange(s, dtype=jnp.int32) < prefix_length[:, None]  # [B, S]
-    prefix = jnp.where(seen[:, None, None, None, :], scores(prefix_keys), -jnp.inf)
+    slot, length = jnp.arange(s, dtype=jnp.int32), prefix_length[:, None, None]
+    seen = slot < length  # [B, 1 or N, S]
+    if skip is not None:
+        seen &= slot >= skip[..., None]
+        mask &= length + jnp.cumsum(mask, -1, dtype=jnp.int32) > skip[..., None]
+    prefix = jnp.where(seen[:, None, None], scores(prefix_keys), -jnp.inf)
     block = jnp.where(mask[:, None, None], scores(keys), -jnp.inf)
     peak = jnp.maximum(
         prefix.max(-1, keepdims=True, initial=-jnp.inf), block.max(-1, keepdims=True)

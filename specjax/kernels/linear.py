@@ -39,6 +39,21 @@ class Int8:
 Weights = Array | Int8
 
 
+class LayerNorm(NamedTuple):
+    """Layer normalisation (arXiv 1607.06450), computed in float32."""
+
+    weight: Array  # [in]
+    bias: Array  # [in]
+    eps: float
+
+    def __call__(self, x: Array) -> Array:
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, -1, keepdims=True)
+        y = y * lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+        y = y * self.weight.astype(jnp.float32) + self.bias.astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
 class RMSNorm(NamedTuple):
     """Root mean square normalisation (arXiv 1910.07467), computed in float32."""
 
@@ -49,6 +64,9 @@ class RMSNorm(NamedTuple):
         y = x.astype(jnp.float32)
         y = y * lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
         return (y * self.weight.astype(jnp.float32)).astype(x.dtype)
+
+
+Norm = RMSNorm | LayerNorm
 
 
 def quantize(w: Array) -> Int8:
@@ -64,7 +82,7 @@ def linear(
     w: Weights,
     dtype: jnp.dtype | None = None,
     *,
-    norm: RMSNorm | None = None,
+    norm: Norm | None = None,
     residual: Array | None = None,
 ) -> Array:
     """Multiplies rows by a weight matrix stored as [out, in], Hugging Face's own layout.
@@ -84,25 +102,35 @@ def linear(
     Raises:
         ValueError: shapes that do not fit, other dtypes.
     """
-    (y,) = _apply(x, (w,), norm, residual, False, dtype)
+    (y,) = _apply(x, (w,), norm, residual, None, dtype)
     return y
 
 
-def linears(x: Array, ws: tuple[Weights, ...], norm: RMSNorm | None = None) -> tuple[Array, ...]:
+def linears(x: Array, ws: tuple[Weights, ...], norm: Norm | None = None) -> tuple[Array, ...]:
     """Multiplies the same rows by several matrices [out_i, in], to [..., out_i] each."""
-    return _apply(x, ws, norm, None, False, None)
+    return _apply(x, ws, norm, None, None, None)
 
 
-def gated(x: Array, gate: Weights, up: Weights, norm: RMSNorm | None = None) -> Array:
-    """silu(x gate^T) * (x up^T), [..., out], the inner half of arXiv 2002.05202."""
-    (y,) = _apply(x, (gate, up), norm, None, True, None)
+def gelu(x: Array) -> Array:
+    """x Phi(x) in its tanh form (arXiv 1606.08415)."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu": gelu}
+
+
+def gated(
+    x: Array, gate: Weights, up: Weights, norm: Norm | None = None, activation: str = "silu"
+) -> Array:
+    """act(x gate^T) * (x up^T), [..., out], the inner half of arXiv 2002.05202."""
+    (y,) = _apply(x, (gate, up), norm, None, activation, None)
     return y
 
 
 class _Static(NamedTuple):
     """What a call is, beside its arrays."""
 
-    gated: bool
+    gate: str | None  # the activation of `gated`
     eps: float
 
 
@@ -118,12 +146,14 @@ class _Operands(NamedTuple):
 def _apply(
     x: Array,
     ws: tuple[Weights, ...],
-    norm: RMSNorm | None,
+    norm: Norm | None,
     residual: Array | None,
-    is_gated: bool,
+    gate: str | None,
     dtype: jnp.dtype | None,
 ) -> tuple[Array, ...]:
-    _check(x, ws, norm, residual, is_gated)
+    _check(x, ws, norm, residual, gate is not None)
+    if isinstance(norm, LayerNorm):  # rare enough to be left to XLA
+        x, norm = norm(x), None
     num_rows = math.prod(x.shape[:-1])
     operands = _Operands(
         x.reshape(num_rows, x.shape[-1]),
@@ -131,7 +161,7 @@ def _apply(
         None if residual is None else residual.reshape(num_rows, residual.shape[-1]),
         ws,
     )
-    static = _Static(is_gated, 0.0 if norm is None else norm.eps)
+    static = _Static(gate, 0.0 if norm is None else norm.eps)
     plain = partial(_plain, static)
     if num_rows <= native.few_rows(ws[0].dtype):
 
@@ -149,7 +179,7 @@ def _apply(
 def _check(
     x: Array,
     ws: tuple[Weights, ...],
-    norm: RMSNorm | None,
+    norm: Norm | None,
     residual: Array | None,
     is_gated: bool,
 ) -> None:
@@ -186,8 +216,8 @@ def _plain(static: _Static, operands: _Operands) -> tuple[Array, ...]:
     if gains is not None:
         x = RMSNorm(gains, static.eps)(x)
     ys = tuple(_dot(x, w) for w in ws)
-    if static.gated:
-        ys = (jax.nn.silu(ys[0]) * ys[1],)
+    if static.gate is not None:
+        ys = (ACTIVATIONS[static.gate](ys[0]) * ys[1],)
     if residual is not None:
         ys = (ys[0] + residual,)
     return ys
@@ -231,7 +261,7 @@ def _few_rows(static: _Static, operands: _Operands) -> tuple[Array, ...]:
     @kernel.def_vmap
     def rule(size: int, batched: Any, operands: _Operands) -> tuple[tuple[Array, ...], Any]:
         (are,) = batched
-        several = (True,) * (1 if static.gated else len(operands.ws))
+        several = (True,) * (1 if static.gate else len(operands.ws))
         if any(jax.tree.leaves((are.gains, are.ws))):
             axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, are)
             return jax.vmap(partial(_plain, static), (axes,), axis_size=size)(operands), several
@@ -274,7 +304,7 @@ def _sharded(static: _Static, operands: _Operands) -> tuple[Array, ...]:
 
     kernel = custom_partitioning(part)
     _, gains, residual, ws = operands
-    factors = ["n" if static.gated else f"n{j}" for j in range(len(ws))]
+    factors = ["n" if static.gate else f"n{j}" for j in range(len(ws))]
     arguments = ["m k"] + ["k"] * (gains is not None) + [f"m {factors[0]}"] * (residual is not None)
     for factor, w in zip(factors, ws, strict=True):
         arguments += [f"{factor} k"] + [factor] * isinstance(w, Int8)
@@ -289,7 +319,7 @@ def _sharded(static: _Static, operands: _Operands) -> tuple[Array, ...]:
 
 def _kernel(static: _Static, operands: _Operands) -> tuple[Array, ...]:
     x, gains, residual, ws = operands
-    num_results = 1 if static.gated else len(ws)
+    num_results = 1 if static.gate else len(ws)
     results = [jax.ShapeDtypeStruct((len(x), w.shape[0]), jnp.float32) for w in ws[:num_results]]
     call = jax.ffi.ffi_call(native.LINEAR, results)
     nothing = jnp.zeros([0])
@@ -297,4 +327,5 @@ def _kernel(static: _Static, operands: _Operands) -> tuple[Array, ...]:
     matrices = [w.values if isinstance(w, Int8) else w for w in ws]
     scales = [w.scales for w in ws if isinstance(w, Int8)]
     eps = np.float32(static.eps)
-    return tuple(call(x, gains, residual, *matrices, *scales, gated=static.gated, eps=eps))
+    gates = {"gated": static.gate is not None, "gelu": static.gate == "gelu"}
+    return tuple(call(x, gains, residual, *matrices, *scales, **gates, eps=eps))

@@ -81,8 +81,8 @@ def _layer(
         earlier = (block.keys[0], block.values[0])
         positions = jnp.concatenate([block.positions, positions], 1)
     y, keys, values = attention(x, None, cos, sin, mask, prefix, earlier, residual)
-    norm = layers.Norm(c.rms_norm_eps, dtype, name="post_attention_layernorm")(c.hidden_size)
-    y = layers.GatedMLP(c.intermediate_size, out_std, dtype, name="mlp")(y, norm)
+    norm = layers.Norm(c.norm_eps, dtype, name="post_attention_layernorm")(c.hidden_size)
+    y = layers.MLP(c.intermediate_size, out_std, dtype, name="mlp")(y, norm)
     return y, Block((keys,), (values,), positions)
 
 
@@ -107,7 +107,7 @@ class _Eagle3Layer(nn.Module):
     def __call__(self, hidden: Array, embeddings: Array, fed: Fed) -> tuple[Array, Block]:
         c = self.config
         parts = [
-            layers.Norm(c.rms_norm_eps, self.dtype, name=name)(c.hidden_size)(part)
+            layers.Norm(c.norm_eps, self.dtype, name=name)(c.hidden_size)(part)
             for name, part in (("input_layernorm", embeddings), ("hidden_norm", hidden))
         ]
         return _layer(c, self.dtype, jnp.concatenate(parts, -1), hidden, fed)
@@ -144,7 +144,7 @@ class _Eagle3(nn.Module):
         c = self.config
         self.fc = _Linear(c.hidden_size, False, self.dtype)
         self.midlayer = _Eagle3Layer(c, self.dtype)
-        self.norm = layers.Norm(c.rms_norm_eps, self.dtype)
+        self.norm = layers.Norm(c.norm_eps, self.dtype)
         if self.num_rows:
             normal = nn.initializers.normal(0.02)
             self.lm_head = self.param("lm_head", normal, (self.num_rows, c.hidden_size), self.dtype)

@@ -1,11 +1,14 @@
-"""Hugging Face directories to and from (config, params), by one table of names per family."""
+"""Hugging Face directories to and from (config, params), by the tables of `hf_names`."""
 
 import contextlib
+import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
@@ -14,61 +17,18 @@ import tokenizers
 from flax import traverse_util
 from jax.typing import DTypeLike
 
-from specjax.models import hf_config
+from specjax.models import hf_config, hf_names
+from specjax.models.hf_names import Shape
 from specjax.models.transformer import TransformerConfig
-from specjax.types import PyTree
+from specjax.types import Array, PyTree
 
-Shape = tuple[int, ...]
-
-
-def _vocab_rows(c: TransformerConfig) -> Shape:
-    return c.vocab_size, c.hidden_size
-
-
-def _norm(c: TransformerConfig) -> Shape:
-    return (c.hidden_size,)
-
-
-def _queries(c: TransformerConfig) -> Shape:
-    return c.num_heads * c.head_dim, c.hidden_size
-
-
-def _keys(c: TransformerConfig) -> Shape:
-    return c.num_kv_heads * c.head_dim, c.hidden_size
-
-
-def _out(c: TransformerConfig) -> Shape:
-    return c.hidden_size, c.num_heads * c.head_dim
-
-
-def _up(c: TransformerConfig) -> Shape:
-    return c.intermediate_size, c.hidden_size
-
-
-def _down(c: TransformerConfig) -> Shape:
-    return c.hidden_size, c.intermediate_size
-
-
-# Our parameter: its tensor's name, its shape. `{i}` is the layer.
-LLAMA: dict[str, tuple[str, Callable[[TransformerConfig], Shape]]] = {
-    "embed_tokens": ("model.embed_tokens.weight", _vocab_rows),
-    "layers_{i}/input_layernorm/weight": ("model.layers.{i}.input_layernorm.weight", _norm),
-    "layers_{i}/self_attn/q_proj": ("model.layers.{i}.self_attn.q_proj.weight", _queries),
-    "layers_{i}/self_attn/k_proj": ("model.layers.{i}.self_attn.k_proj.weight", _keys),
-    "layers_{i}/self_attn/v_proj": ("model.layers.{i}.self_attn.v_proj.weight", _keys),
-    "layers_{i}/self_attn/o_proj": ("model.layers.{i}.self_attn.o_proj.weight", _out),
-    "layers_{i}/post_attention_layernorm/weight": (
-        "model.layers.{i}.post_attention_layernorm.weight",
-        _norm,
-    ),
-    "layers_{i}/mlp/gate_proj": ("model.layers.{i}.mlp.gate_proj.weight", _up),
-    "layers_{i}/mlp/up_proj": ("model.layers.{i}.mlp.up_proj.weight", _up),
-    "layers_{i}/mlp/down_proj": ("model.layers.{i}.mlp.down_proj.weight", _down),
-    "norm/weight": ("model.norm.weight", _norm),
-    "lm_head": ("lm_head.weight", _vocab_rows),
+_KINDS = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
+    **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"},
+    "BOOL": "bool",
 }
-
-_INTEGERS = ("I64", "I32", "U8", "BOOL")
+_ALIGNMENT = 64  # bytes; JAX on CPU copies what is not aligned so
+_INTEGERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARDS = "model-*-of-*.safetensors"
 HEADS = ("medusa_lm_head.safetensors", "hydra_lm_head.safetensors")  # see hf_heads
@@ -123,10 +83,10 @@ def load(directory: str | Path, dtype: DTypeLike | None = None) -> Checkpoint:
     config = hf_config.parse(raw, directory / hf_config.CONFIG)
     kind = None if dtype is None else float_dtype(dtype, "dtype")
     stored = _check_tensors(directory, config, kind)
-    flat = {}
-    for path, (name, _) in _tensors(config).items():
-        tensor = read(stored[name])
-        flat[path] = jnp.asarray(tensor if kind is None else tensor.astype(kind))
+    flat = {
+        path: _parameter(tensor, config, stored, kind)
+        for path, tensor in hf_names.tensors(config).items()
+    }
     if config.tie_embeddings and "lm_head.weight" in stored:
         head = read(stored["lm_head.weight"])
         if not np.array_equal(head.astype(flat["embed_tokens"].dtype), flat["embed_tokens"]):
@@ -168,7 +128,7 @@ def save(
     if max_shard_bytes is not None and max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes is {max_shard_bytes}; need a positive number.")
     tensors = _named(config, params, dtype)
-    kind = tensors["model.embed_tokens.weight"].dtype
+    kind = next(iter(tensors.values())).dtype
 
     def write(new: Path) -> None:
         written = hf_config.to_json(config, kind, eos_ids, bos_id)
@@ -219,17 +179,6 @@ def check_same_tokens(target_directory: str | Path, draft_directory: str | Path)
 # ----------------------------------------------------------------------------- weights
 
 
-def _tensors(config: TransformerConfig) -> dict[str, tuple[str, Shape]]:
-    """Every parameter's path, with its tensor's name and shape."""
-    tensors = {}
-    for path, (name, shape) in LLAMA.items():
-        if path == "lm_head" and config.tie_embeddings:
-            continue
-        for i in range(config.num_layers if "{i}" in path else 1):
-            tensors[path.format(i=i)] = (name.format(i=i), shape(config))
-    return tensors
-
-
 class Stored(NamedTuple):
     """A tensor in a file, known by the file's header alone."""
 
@@ -237,23 +186,26 @@ class Stored(NamedTuple):
     path: Path
     shape: Shape
     kind: str  # safetensors' name of its type
+    start: int  # of its bytes in the file
 
 
 def headers(files: Sequence[Path]) -> dict[str, Stored]:
     """Every tensor in the files by name."""
     found = {}
     for path in files:
-        with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118
-                part = file.get_slice(name)
-                found[name] = Stored(name, path, tuple(part.get_shape()), part.get_dtype())
+        with _open(path), path.open("rb") as file:  # the library looks whether it is whole
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        for name, of in header.items():
+            if name != "__metadata__":
+                start = 8 + size + of["data_offsets"][0]
+                found[name] = Stored(name, path, tuple(of["shape"]), of["dtype"], start)
     return found
 
 
 def common_dtype(stored: Mapping[str, Stored]) -> np.dtype | None:
     """The type of all floating-point tensors; None if they differ."""
-    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
-    kinds = {names.get(tensor.kind) for tensor in stored.values() if tensor.kind not in _INTEGERS}
+    kinds = {_KINDS.get(tensor.kind) for tensor in stored.values() if tensor.kind not in _INTEGERS}
     name = kinds.pop() if len(kinds) == 1 else None
     return None if name is None else jnp.dtype(name)
 
@@ -282,25 +234,66 @@ def check_tensor(
 
 
 def read(stored: Stored) -> np.ndarray:
-    """The tensor; its file is closed again, which unmaps its pages."""
-    with _open(stored.path) as file:
-        return file.get_tensor(stored.name)
+    """The tensor, read straight into memory that JAX on CPU can take over as it is."""
+    kind = jnp.dtype(_KINDS[stored.kind])
+    size = math.prod(stored.shape) * kind.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    view = memory[start : start + size].data
+    with stored.path.open("rb", buffering=0) as file:
+        file.seek(stored.start)
+        done = 0
+        while done < size:  # a call reads 2 GiB at most
+            count = file.readinto(view[done:])
+            if not count:
+                raise ValueError(f"{stored.path} ended early; need a complete safetensors file.")
+            done += count
+    return memory[start : start + size].view(kind).reshape(stored.shape)
+
+
+def _parameter(
+    tensor: hf_names.Tensor,
+    config: TransformerConfig,
+    stored: Mapping[str, Stored],
+    kind: np.dtype | None,
+) -> Array:
+    """A parameter put together from what is stored, as an array of JAX's."""
+
+    def own(name: str) -> np.ndarray:
+        x = read(stored[name])
+        x = x.T if tensor.transposed else x
+        i, count = tensor.part
+        return x[i * len(x) // count : (i + 1) * len(x) // count] if count > 1 else x
+
+    names = hf_names.names(tensor, config)
+    x = own(names[0])
+    if "{x}" in tensor.name:
+        stack = np.empty((len(names), *x.shape), kind or x.dtype)
+        for i, name in enumerate(names):
+            stack[i] = own(name)
+        x = stack
+    x = x if kind is None else x.astype(kind, copy=False)
+    return jax.device_put(np.ascontiguousarray(x))
 
 
 def _check_tensors(
     directory: Path, config: TransformerConfig, kind: np.dtype | None
 ) -> dict[str, Stored]:
-    """Every tensor, from the files' headers alone."""
-    stored = headers(weight_files(directory))
-    needed = dict(_tensors(config).values())
-    for name, shape in needed.items():
-        check_tensor(directory, name, stored, shape, kind)
-    for name, tensor in stored.items():
-        duplicate = name == "lm_head.weight" and config.tie_embeddings
-        if name not in needed and not duplicate and not name.endswith("rotary_emb.inv_freq"):
+    """Every tensor by its name in the tables, from the files' headers alone."""
+    stored = {
+        hf_names.canonical(name, config): tensor
+        for name, tensor in headers(weight_files(directory)).items()
+    }
+    needed = {"lm_head.weight"} if config.tie_embeddings else set()
+    for tensor in hf_names.tensors(config).values():
+        for name in hf_names.names(tensor, config):
+            check_tensor(directory, name, stored, hf_names.stored_shape(tensor, config), kind)
+            needed.add(name)
+    for name, found in stored.items():
+        if name not in needed and not name.endswith(hf_names.IGNORED):
             raise ValueError(
-                f"{tensor.path} has a tensor {name}, which LlamaForCausalLM does not use; "
-                "need a checkpoint without it."
+                f"{found.path} has a tensor {found.name}, which "
+                f"{hf_config.architecture(config)} does not use; need a checkpoint without it."
             )
     return stored
 
@@ -333,19 +326,26 @@ def _named(
 ) -> dict[str, np.ndarray]:
     """The parameters under their tensors' names, checked and converted."""
     flat = traverse_util.flatten_dict(params, sep="/")
-    needed = _tensors(config)
+    needed = hf_names.tensors(config)
     for path in [*needed, *flat]:
         if path not in flat or path not in needed:
             given, wanted = ("does not", "does") if path in needed else ("does", "does not")
             raise ValueError(f"params {given} hold {path}; the config's model {wanted}.")
-        if flat[path].shape != needed[path][1]:
-            raise ValueError(
-                f"Parameter {path} has shape {flat[path].shape}; need {needed[path][1]}."
-            )
+        shape = hf_names.shape(needed[path], config)
+        if flat[path].shape != shape:
+            raise ValueError(f"Parameter {path} has shape {flat[path].shape}; need {shape}.")
     kinds = {p: float_dtype(x.dtype if dtype is None else dtype, p) for p, x in flat.items()}
+    parts: dict[str, list[np.ndarray]] = {}
+    for path, tensor in needed.items():
+        x = np.asarray(flat[path]).astype(kinds[path], copy=False)
+        for name, own in zip(
+            hf_names.names(tensor, config), x if "{x}" in tensor.name else [x], strict=True
+        ):
+            parts.setdefault(name, []).append(own.T if tensor.transposed else own)
+    # Those of one tensor come in their order; outputs are its last axis, as biases' only one is.
     return {
-        name: np.ascontiguousarray(np.asarray(flat[path]).astype(kinds[path], copy=False))
-        for path, (name, _) in needed.items()
+        name: np.ascontiguousarray(own[0] if len(own) == 1 else np.concatenate(own, -1))
+        for name, own in parts.items()
     }
 
 

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from specjax.models import hf, hf_config
+from specjax.models import hf, hf_config, hf_names
 from specjax.models.eagle import EagleHead, eagle3_head, eagle_head, fused_layers
-from specjax.models.hf import Shape, Stored
+from specjax.models.hf import Stored
+from specjax.models.hf_names import Shape
 from specjax.models.hydra import HydraHeads, hydra_heads
 from specjax.models.medusa import MedusaHeads, medusa_heads
 from specjax.models.transformer import TransformerConfig
@@ -166,7 +167,15 @@ def _prefix(given: Given) -> TransformerConfig | None:
         return hf_config.parse(raw, path)
     if isinstance(given.target, Model):
         raise ValueError(f"{path} has no prefix_config; need one, or the target's config.")
-    return dataclasses.replace(given.target, num_layers=1)
+    return dataclasses.replace(
+        given.target,
+        num_layers=1,
+        family="llama",
+        windows=(),
+        num_experts=0,
+        attention_scale=None,
+        attention_softcap=None,
+    )
 
 
 def _hydra_table(heads: HydraHeads) -> Table:
@@ -189,10 +198,11 @@ def _hydra_table(heads: HydraHeads) -> Table:
             shape = (heads.vocab_size, width)
             affine(f"{ours}/lm_head", _unembedding(h, has_prefix), shape=shape)
     if heads.prefix is not None:
-        for path, (name, of) in hf.LLAMA.items():
+        for path, tensor in hf_names.LLAMA.items():
             if path.startswith(("layers_{i}/", "norm/")):
-                ours, theirs = path.format(i=0), name.format(i=0).removeprefix("model.")
-                table[f"prefix/{ours}"] = (_PREFIX + theirs,), of(heads.prefix)
+                ours, theirs = (name.format(i=0) for name in (path, tensor.name))
+                theirs = _PREFIX + theirs.removeprefix("model.")
+                table[f"prefix/{ours}"] = (theirs,), tensor.shape(heads.prefix)
     return table
 
 
@@ -250,7 +260,7 @@ def _eagle_config(given: Given, name: str) -> TransformerConfig:
     raw, path = given.raw, given.directory / hf_config.CONFIG
     for wrapper in ("transformer_layer_config", "model"):
         raw = raw[wrapper] if isinstance(raw.get(wrapper), dict) else raw
-    llama = {"architectures": [*hf_config.SUPPORTED], "model_type": "llama"}
+    llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     config = hf_config.parse({**raw, **llama}, path)
     if config.num_layers != 1:
         raise ValueError(f"{path} gives {config.num_layers} layers; {name} heads have 1.")
@@ -302,10 +312,10 @@ def _eagle_table(heads: EagleHead) -> Table:
     is_third = bool(heads.feature_layers)
     layer = "midlayer" if is_third else "layers_0"
     table: Table = {}
-    for path, (_, of) in hf.LLAMA.items():
+    for path, tensor in hf_names.LLAMA.items():
         _, inside, part = path.partition("layers_{i}/")
         if inside and (is_third or part != "input_layernorm/weight"):
-            rows, *columns = of(c)
+            rows, *columns = tensor.shape(c)
             if is_third and part in ("self_attn/q_proj", "self_attn/k_proj", "self_attn/v_proj"):
                 columns = [2 * width]
             theirs = part.removesuffix("/weight").replace("/", ".") + ".weight"

@@ -16,7 +16,7 @@ from specjax import cache as caches
 from specjax.kernels.linear import linear, linears
 from specjax.models import layers
 from specjax.models.medusa import activated, check_sizes
-from specjax.models.transformer import DecoderLayer, TransformerConfig
+from specjax.models.transformer import DecoderLayer, TransformerConfig, sight
 from specjax.types import Array, Block, Cache, Model, PyTree
 
 
@@ -50,21 +50,15 @@ class _PrefixLayer(nn.Module):
         self, x: Array, positions: Array, mask: Array, cache: Cache, block: Block | None
     ) -> tuple[Array, Block]:
         c = self.config
-        cos, sin = layers.rotation(
-            positions, layers.rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
-        )
+        at = positions if block is None else jnp.concatenate([block.positions, positions], 1)
         x, keys, values = DecoderLayer(c, self.dtype, name="layers_0")(
             x,
-            cos,
-            sin,
-            mask,
+            sight(c, 0, positions, mask, cache.length, at),
             (cache.keys[0], cache.values[0], cache.length),
             None if block is None else (block.keys[0], block.values[0]),
         )
-        norm = layers.Norm(c.rms_norm_eps, self.dtype, name="norm")(c.hidden_size)
-        if block is not None:
-            positions = jnp.concatenate([block.positions, positions], 1)
-        return norm(x), Block((keys,), (values,), positions)
+        norm = layers.Norm(c.norm_eps, self.dtype, name="norm")(c.hidden_size)
+        return norm(x), Block((keys,), (values,), at)
 
 
 def hydra_heads(

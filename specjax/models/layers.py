@@ -1,6 +1,7 @@
-"""The layers of a Llama-like transformer; weights are [out, in] and have Hugging Face's names."""
+"""The layers of a decoder; weights are [out, in] and named as Llama's are at Hugging Face."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -9,7 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax.kernels.attention import attend, rotate
-from specjax.kernels.linear import Int8, RMSNorm, Weights, gated, linear, linears
+from specjax.kernels.linear import (
+    ACTIVATIONS,
+    Int8,
+    LayerNorm,
+    RMSNorm,
+    Weights,
+    gated,
+    linear,
+    linears,
+)
+from specjax.kernels.linear import Norm as AnyNorm
 from specjax.types import Array
 
 
@@ -22,10 +33,20 @@ class RopeScaling(NamedTuple):
     original_max_position_embeddings: int
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+class LinearRopeScaling(NamedTuple):
+    """All rotations this much slower (arXiv 2306.15595; `rope_type` "linear")."""
+
+    factor: float
+
+
+def rope_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | LinearRopeScaling | None
+) -> np.ndarray:
     """Angular frequency of each pair of channels, radians per position, [H / 2] float32."""
     frequency = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if scaling is not None:
+    if isinstance(scaling, LinearRopeScaling):
+        frequency = frequency / scaling.factor
+    elif scaling is not None:
         wavelength = 2 * math.pi / frequency
         original = scaling.original_max_position_embeddings
         # 0 where a wave is longer than original / low, 1 where shorter than original / high.
@@ -59,14 +80,31 @@ def embed(table: Weights, tokens: Array) -> Array:
 
 
 class Norm(nn.Module):
-    """The weights of an RMSNorm, which the products after it apply."""
+    """The weights of a norm, which the products after it apply."""
 
     eps: float
     dtype: jnp.dtype
+    offset: float = 0.0  # added to an RMSNorm's weights
+    centred: bool = False  # a LayerNorm
 
     @nn.compact
-    def __call__(self, width: int) -> RMSNorm:
-        return RMSNorm(self.param("weight", nn.initializers.ones, (width,), self.dtype), self.eps)
+    def __call__(self, width: int) -> AnyNorm:
+        weight = self.param(
+            "weight", nn.initializers.constant(1 - self.offset), (width,), self.dtype
+        )
+        if self.centred:
+            bias = self.param("bias", nn.initializers.zeros, (width,), self.dtype)
+            return LayerNorm(weight, bias, self.eps)
+        if self.offset:
+            weight = weight.astype(jnp.float32) + self.offset
+        return RMSNorm(weight, self.eps)
+
+
+def added(residual: Array, x: Array, w: Weights, post: AnyNorm | None = None) -> Array:
+    """residual + post(x w^T)."""
+    if post is None:
+        return linear(x, w, residual=residual)
+    return residual + post(linear(x, w))
 
 
 class Attention(nn.Module):
@@ -77,18 +115,24 @@ class Attention(nn.Module):
     head_dim: int
     out_std: float
     dtype: jnp.dtype
+    biases: tuple[str, ...] = ()  # the projections that add one
+    qk_norm: Callable[[str], Norm] | None = None  # of queries and keys, given its name
+    scale: float | None = None  # of scores; H^-0.5 by default
+    softcap: float | None = None  # of scores
 
     @nn.compact
     def __call__(
         self,
         x: Array,  # [B, N, in]
-        norm: RMSNorm | None,  # of x, before the projections
+        norm: AnyNorm | None,  # of x, before the projections
         cos: Array,
         sin: Array,
         mask: Array,  # [B, N, M]
         prefix: tuple[Array, Array, Array],  # keys, values [B, K, S, H], length [B]
         block: tuple[Array, Array] | None,  # keys, values [B, K, M - N, H] of earlier nodes
         residual: Array | None = None,  # [B, N, E]; x itself by default
+        post: AnyNorm | None = None,  # of what is added to it
+        skip: Array | None = None,  # [B, N], see `attend`
     ) -> tuple[Array, Array, Array]:
         """Returns the sum [B, N, E] and the longer block's keys and values [B, K, M, H]."""
         residual = x if residual is None else residual
@@ -103,16 +147,35 @@ class Attention(nn.Module):
             weight(name, number * h, width)
             for name, number in (("q_proj", self.num_heads), ("k_proj", k), ("v_proj", k))
         )
-        queries, keys, values = (y.reshape(b, n, -1, h) for y in linears(x, projections, norm))
+        names = ("q_proj", "k_proj", "v_proj")
+        products = zip(names, linears(x, projections, norm), strict=True)
+        queries, keys, values = (self._biased(*y).reshape(b, n, -1, h) for y in products)
+        if self.qk_norm is not None:
+            queries, keys = self.qk_norm("q_norm")(h)(queries), self.qk_norm("k_norm")(h)(keys)
+        if self.scale is not None:
+            queries = queries * (self.scale * h**0.5)  # `attend` divides by the root of H
         self.sow("intermediates", "queries", queries)  # costs nothing unless asked for
-        out, keys, values = attend(queries, keys, values, cos, sin, mask, prefix, block)
+        out, keys, values = attend(
+            queries, keys, values, cos, sin, mask, prefix, block, skip, self.softcap
+        )
         out = out.reshape(b, n, self.num_heads * h)
         o_proj = weight("o_proj", residual.shape[-1], self.num_heads * h, self.out_std)
-        return linear(out, o_proj, residual=residual), keys, values
+        return self._biased("o_proj", added(residual, out, o_proj, post)), keys, values
+
+    def _biased(self, name: str, y: Array) -> Array:
+        if name not in self.biases:
+            return y
+        return y + self.param(f"{name}_bias", nn.initializers.zeros, y.shape[-1:], self.dtype)
 
 
 def attention_weight(
-    queries: Array, cos: Array, sin: Array, mask: Array, prefix: tuple[Array, Array], block: Array
+    queries: Array,
+    cos: Array,
+    sin: Array,
+    mask: Array,
+    prefix: tuple[Array, Array],
+    block: Array,
+    softcap: float | None = None,
 ) -> Array:
     """How much of the attention of some tokens falls on each slot of the prefix.
 
@@ -122,6 +185,7 @@ def attention_weight(
         mask: [B, N, N] bool, which of the new tokens each one sees.
         prefix: keys [B, K, S, H] and the number of slots in use [B] int32.
         block: keys [B, K, N, H] of the new tokens.
+        softcap: see `attend`.
 
     Returns:
         [B, K, S] float32, summed over the tokens and the queries that share a key; 0 beyond the
@@ -133,7 +197,8 @@ def attention_weight(
     q = q.reshape(b, n, block.shape[1], -1, h).transpose(0, 2, 3, 1, 4)  # [B, K, G, N, H]
 
     def scores(keys: Array) -> Array:
-        return jnp.einsum("bkgnh,bksh->bkgns", q, keys.astype(jnp.float32))
+        x = jnp.einsum("bkgnh,bksh->bkgns", q, keys.astype(jnp.float32))
+        return x if softcap is None else softcap * jnp.tanh(x / softcap)
 
     seen = jnp.arange(keys.shape[2], dtype=jnp.int32) < length[:, None]
     before = jnp.where(seen[:, None, None, None], scores(keys), -jnp.inf)
@@ -146,18 +211,85 @@ def attention_weight(
     return (before / total).sum((2, 3))
 
 
-class GatedMLP(nn.Module):
-    """SiLU-gated feed-forward layer (arXiv 2002.05202), added to x."""
+class MLP(nn.Module):
+    """Feed-forward layer added to x: gated as in arXiv 2002.05202, or of one inner product."""
 
+    intermediate_size: int
+    out_std: float
+    dtype: jnp.dtype
+    activation: str = "silu"
+    gated: bool = True
+    biases: tuple[str, ...] = ()
+
+    @nn.compact
+    def __call__(self, x: Array, norm: AnyNorm, post: AnyNorm | None = None) -> Array:
+        width, inner = x.shape[-1], self.intermediate_size
+        normal, zeros = nn.initializers.normal, nn.initializers.zeros
+        up = self.param("up_proj", normal(0.02), (inner, width), self.dtype)
+        down = self.param("down_proj", normal(self.out_std), (width, inner), self.dtype)
+        if self.gated:
+            gate = self.param("gate_proj", normal(0.02), (inner, width), self.dtype)
+            y = gated(x, gate, up, norm, self.activation)
+        else:
+            y = linear(x, up, norm=norm)
+            if "up_proj" in self.biases:
+                y = y + self.param("up_proj_bias", zeros, (inner,), self.dtype)
+            y = ACTIVATIONS[self.activation](y)
+        y = added(x, y, down, post)
+        if "down_proj" in self.biases:
+            y = y + self.param("down_proj_bias", zeros, (width,), self.dtype)
+        return y
+
+
+class Experts(nn.Module):
+    """Gated feed-forward layers of which each token takes the likeliest few (arXiv 2401.04088).
+
+    Few tokens read the weights of the experts that they take, one after another; many are given to
+    every expert, which multiplies those of others by 0.
+    """
+
+    num_experts: int
+    num_taken: int  # per token
+    renormalized: bool  # the taken ones' probabilities sum to 1
     intermediate_size: int
     out_std: float
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array, norm: RMSNorm) -> Array:
-        width, inner = x.shape[-1], self.intermediate_size
+    def __call__(self, x: Array, norm: AnyNorm, post: AnyNorm | None = None) -> Array:
+        width, inner, count = x.shape[-1], self.intermediate_size, self.num_experts
         normal = nn.initializers.normal
-        gate = self.param("gate_proj", normal(0.02), (inner, width), self.dtype)
-        up = self.param("up_proj", normal(0.02), (inner, width), self.dtype)
-        down = self.param("down_proj", normal(self.out_std), (width, inner), self.dtype)
-        return linear(gated(x, gate, up, norm), down, residual=x)
+        router = self.param("router", normal(0.02), (count, width), self.dtype)
+        gate = self.param("gate_proj", normal(0.02), (count, inner, width), self.dtype)
+        up = self.param("up_proj", normal(0.02), (count, inner, width), self.dtype)
+        down = self.param("down_proj", normal(self.out_std), (count, width, inner), self.dtype)
+
+        rows = norm(x).reshape(-1, width)  # [T, E]
+        probs = jax.nn.softmax(linear(rows, router, jnp.float32), -1)
+        taken, which = jax.lax.top_k(probs, self.num_taken)  # [T, number taken]
+        if self.renormalized:
+            taken = taken / taken.sum(-1, keepdims=True)
+
+        def expert(rows: Array, gate: Array, up: Array, down: Array) -> Array:
+            return linear(gated(rows, gate, up), down, jnp.float32)
+
+        if which.size < count:
+
+            def one(pair: tuple[Array, Array]) -> Array:
+                row, i = pair
+                return expert(rows[row][None], gate[i], up[i], down[i])[0]
+
+            token = jnp.repeat(jnp.arange(len(rows)), self.num_taken)
+            each = jax.lax.map(one, (token, which.reshape(-1)))
+            y = (each.reshape(*which.shape, width) * taken[..., None]).sum(1)
+        else:
+            share = (jax.nn.one_hot(which, count) * taken[..., None]).sum(1)  # [T, experts]
+
+            def add(y: Array, of_expert: tuple[Array, ...]) -> tuple[Array, None]:
+                share, *matrices = of_expert
+                return y + share[:, None] * expert(rows, *matrices), None
+
+            nothing = jnp.zeros(rows.shape, jnp.float32)
+            y, _ = jax.lax.scan(add, nothing, (share.T, gate, up, down))
+        y = y.reshape(x.shape).astype(x.dtype)
+        return x + (y if post is None else post(y))

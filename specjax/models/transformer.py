@@ -1,8 +1,8 @@
-"""The Llama 2/3 family as a `Model`."""
+"""Decoders of several families as a `Model`: what they differ in is `families.FAMILIES`."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct as struct
@@ -10,31 +10,53 @@ import jax
 import jax.numpy as jnp
 
 from specjax import cache as caches
-from specjax.kernels.linear import RMSNorm, linear
+from specjax.kernels.linear import Norm, Weights, linear
 from specjax.models import layers
+from specjax.models.families import FAMILIES
 from specjax.types import Array, Block, Cache, Model, ModelOutput, PyTree, Stack
 
 
 @struct.dataclass
 class TransformerConfig:
-    """Shape of a model. Static throughout, hence hashable."""
+    """Family and numbers of a model. Static throughout, hence hashable."""
 
     vocab_size: int = struct.field(pytree_node=False)
     hidden_size: int = struct.field(pytree_node=False)
-    intermediate_size: int = struct.field(pytree_node=False)
+    intermediate_size: int = struct.field(pytree_node=False)  # of each expert, where there are any
     num_layers: int = struct.field(pytree_node=False)
     num_heads: int = struct.field(pytree_node=False)
     num_kv_heads: int = struct.field(pytree_node=False)
     head_dim: int = struct.field(pytree_node=False)
     max_position_embeddings: int = struct.field(pytree_node=False, default=2048)
     rope_theta: float = struct.field(pytree_node=False, default=10000.0)
-    rope_scaling: layers.RopeScaling | None = struct.field(pytree_node=False, default=None)
-    rms_norm_eps: float = struct.field(pytree_node=False, default=1e-5)
+    rope_scaling: layers.RopeScaling | layers.LinearRopeScaling | None = struct.field(
+        pytree_node=False, default=None
+    )
+    norm_eps: float = struct.field(pytree_node=False, default=1e-5)
     tie_embeddings: bool = struct.field(pytree_node=False, default=True)
+    family: str = struct.field(pytree_node=False, default="llama")  # one of FAMILIES
+    # How many tokens each layer sees, itself included; 0 is all. Empty: all layers see all.
+    windows: tuple[int, ...] = struct.field(pytree_node=False, default=())
+    local_rope_theta: float | None = struct.field(pytree_node=False, default=None)  # with a window
+    attention_scale: float | None = struct.field(pytree_node=False, default=None)  # H^-0.5
+    attention_softcap: float | None = struct.field(pytree_node=False, default=None)
+    logit_softcap: float | None = struct.field(pytree_node=False, default=None)
+    num_experts: int = struct.field(pytree_node=False, default=0)
+    num_experts_per_token: int = struct.field(pytree_node=False, default=0)
+    renormalized_experts: bool = struct.field(pytree_node=False, default=True)
+
+
+class Sight(NamedTuple):
+    """Where new tokens stand and what they see, as a layer's attention is told."""
+
+    cos: Array  # [B, N, H / 2]
+    sin: Array
+    mask: Array  # [B, N, M]
+    skip: Array | None  # [B, N], see `attend`
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and feed-forward with residuals."""
+    """Attention and feed-forward with residuals, each after a norm."""
 
     config: TransformerConfig
     dtype: jnp.dtype
@@ -43,25 +65,50 @@ class DecoderLayer(nn.Module):
     def __call__(
         self,
         x: Array,
-        cos: Array,
-        sin: Array,
-        mask: Array,
+        sight: Sight,
         prefix: tuple[Array, Array, Array],
         block: tuple[Array, Array] | None,
     ) -> tuple[Array, Array, Array]:
-        c = self.config
+        c, dtype = self.config, self.dtype
+        family = FAMILIES[c.family]
         out_std = 0.02 / (2 * c.num_layers) ** 0.5  # keeps the residual's variance at init
 
-        def norm(name: str) -> RMSNorm:
-            return layers.Norm(c.rms_norm_eps, self.dtype, name=name)(c.hidden_size)
+        def norm(name: str) -> layers.Norm:
+            return layers.Norm(c.norm_eps, dtype, family.norm_offset, family.layer_norm, name=name)
+
+        def norm_of(name: str) -> Norm:
+            return norm(name)(c.hidden_size)
 
         attention = layers.Attention(
-            c.num_heads, c.num_kv_heads, c.head_dim, out_std, self.dtype, name="self_attn"
+            c.num_heads,
+            c.num_kv_heads,
+            c.head_dim,
+            out_std,
+            dtype,
+            family.biases,
+            norm if family.qk_norm else None,
+            c.attention_scale,
+            c.attention_softcap,
+            name="self_attn",
         )
-        mlp = layers.GatedMLP(c.intermediate_size, out_std, self.dtype, name="mlp")
-        before, between = norm("input_layernorm"), norm("post_attention_layernorm")
-        x, keys, values = attention(x, before, cos, sin, mask, prefix, block)
-        return mlp(x, between), keys, values
+        mlp: layers.MLP | layers.Experts
+        if c.num_experts:
+            choice = c.num_experts, c.num_experts_per_token, c.renormalized_experts
+            mlp = layers.Experts(*choice, c.intermediate_size, out_std, dtype, name="mlp")
+        else:
+            kind = family.activation, family.gated, family.biases
+            mlp = layers.MLP(c.intermediate_size, out_std, dtype, *kind, name="mlp")
+        before = norm_of("input_layernorm")
+        if not family.post_norms:
+            between = norm_of("post_attention_layernorm")  # a name from when there were no others
+            x, keys, values = attention(x, before, *sight[:3], prefix, block, skip=sight.skip)
+            return mlp(x, between), keys, values
+        after = norm_of("post_attention_layernorm")
+        x, keys, values = attention(
+            x, before, *sight[:3], prefix, block, post=after, skip=sight.skip
+        )
+        around = norm_of("pre_feedforward_layernorm"), norm_of("post_feedforward_layernorm")
+        return mlp(x, *around), keys, values
 
 
 class Transformer(nn.Module):
@@ -87,20 +134,21 @@ class Transformer(nn.Module):
         embedding = self.param("embed_tokens", normal, (c.vocab_size, c.hidden_size), self.dtype)
         # Tied to the tokens, none of which is negative: if the angles of all passes of a step were
         # ready at once, XLA on CPU would wake another thread for them and wait for it.
-        cos, sin = layers.rotation(
-            jnp.where(tokens < 0, 0, positions),
-            layers.rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling),
-        )
-        x = layers.embed(embedding, tokens).astype(self.dtype)
+        tied = jnp.where(tokens < 0, 0, positions)
+        x = _embedded(c, embedding, tokens, self.dtype)
+        if FAMILIES[c.family].learned_positions:
+            shape = (c.max_position_embeddings, c.hidden_size)
+            table = self.param("embed_positions", normal, shape, self.dtype)
+            x = x + layers.embed(table, tied).astype(self.dtype)
+        at = positions if block is None else jnp.concatenate([block.positions, positions], 1)
+        sights = {w: sight(c, w, tied, mask, cache.length, at) for w in {*c.windows} or {0}}
         keys, values, residuals = [], [], []
         layer_of: Any = nn.remat(DecoderLayer) if self.remat else DecoderLayer
         for place, i in enumerate(range(c.num_layers) if self.only is None else self.only):
             residuals.append(x)
             x, k, v = layer_of(c, self.dtype, name=f"layers_{i}")(
                 x,
-                cos,
-                sin,
-                mask,
+                sights[c.windows[i] if c.windows else 0],
                 (cache.keys[place], cache.values[place], cache.length),
                 None if block is None else (block.keys[place], block.values[place]),
             )
@@ -108,17 +156,65 @@ class Transformer(nn.Module):
                 x = jnp.where(gates[place], x, residuals[-1])
             keys.append(k)
             values.append(v)
-        norm = layers.Norm(c.rms_norm_eps, self.dtype, name="norm")(c.hidden_size)
+        family = FAMILIES[c.family]
+        norm = layers.Norm(
+            c.norm_eps, self.dtype, family.norm_offset, family.layer_norm, name="norm"
+        )(c.hidden_size)
         head = embedding
         if not c.tie_embeddings:
             head = self.param("lm_head", normal, (c.vocab_size, c.hidden_size), self.dtype)
-        if block is not None:
-            positions = jnp.concatenate([block.positions, positions], 1)
         output = ModelOutput(
-            logits=linear(x, head, jnp.float32, norm=norm),
+            logits=_capped(c, linear(x, head, jnp.float32, norm=norm)),
             features=jnp.concatenate([norm(x)] + [residuals[i] for i in self.feature_layers], -1),
         )
-        return output, Block(tuple(keys), tuple(values), positions)
+        return output, Block(tuple(keys), tuple(values), at)
+
+
+def _embedded(c: TransformerConfig, table: Weights, tokens: Array, dtype: jnp.dtype) -> Array:
+    x = layers.embed(table, tokens).astype(dtype)
+    if FAMILIES[c.family].scaled_embedding:
+        x = x * jnp.asarray(c.hidden_size**0.5, dtype)
+    return x
+
+
+def _capped(c: TransformerConfig, logits: Array) -> Array:
+    cap = c.logit_softcap
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def sight(
+    c: TransformerConfig,
+    window: int,
+    positions: Array,
+    mask: Array,
+    length: Array,
+    block_positions: Array,
+) -> Sight:
+    """What a layer of a window is told about new tokens.
+
+    Args:
+        c: the model's.
+        window: 0 is none.
+        positions: [B, N], of the new tokens.
+        mask: [B, N, M].
+        length: [B], of the prefix.
+        block_positions: [B, M], the new tokens included.
+    """
+    if FAMILIES[c.family].learned_positions:
+        angle = jnp.zeros((*positions.shape, c.head_dim // 2))
+        cos, sin = jnp.cos(angle), jnp.sin(angle)  # no rotation at all
+    else:
+        theta, scaling = c.rope_theta, c.rope_scaling
+        if window and c.local_rope_theta is not None:
+            theta, scaling = c.local_rope_theta, None
+        frequencies = layers.rope_frequencies(c.head_dim, theta, scaling)
+        cos, sin = layers.rotation(positions, frequencies)
+    if not window or window >= c.max_position_embeddings:
+        return Sight(cos, sin, mask, None)
+    oldest = positions - window + 1  # in sight
+    before = jnp.clip(oldest, 0, length[:, None])  # slots of the prefix are positions
+    among = (mask & (block_positions[:, None] < oldest[..., None])).sum(-1, dtype=jnp.int32)
+    return Sight(cos, sin, mask, before + among)
 
 
 def transformer(
@@ -141,7 +237,8 @@ def transformer(
             it computed on the way.
 
     Raises:
-        ValueError: heads that cannot be grouped, an odd head size, a layer that does not exist.
+        ValueError: heads that cannot be grouped, an odd head size, a layer that does not exist,
+            a family that is not known, more experts taken than there are.
     """
     c = config
     if c.num_heads % c.num_kv_heads:
@@ -151,6 +248,14 @@ def transformer(
         )
     if c.head_dim % 2:
         raise ValueError(f"Head size {c.head_dim} is odd; rotary embedding needs pairs.")
+    if c.family not in FAMILIES:
+        raise ValueError(f"Family {c.family!r} is not known; need one of {', '.join(FAMILIES)}.")
+    if len(c.windows) not in (0, c.num_layers):
+        raise ValueError(f"{len(c.windows)} windows for {c.num_layers} layers; need one each.")
+    if c.num_experts and not 1 <= c.num_experts_per_token <= c.num_experts:
+        raise ValueError(
+            f"{c.num_experts_per_token} of {c.num_experts} experts per token; need 1 to all."
+        )
     for layer in feature_layers:
         if not 0 <= layer < c.num_layers:
             raise ValueError(f"Feature layer {layer} does not exist; the model has {c.num_layers}.")
@@ -180,11 +285,11 @@ def transformer(
         return apply
 
     def embed(params: PyTree, tokens: Array) -> Array:
-        return layers.embed(params["embed_tokens"], tokens).astype(dtype)
+        return _embedded(c, params["embed_tokens"], tokens, dtype)
 
     def unembed(params: PyTree, hidden: Array) -> Array:
         head = params["embed_tokens" if c.tie_embeddings else "lm_head"]
-        return linear(hidden, head, jnp.float32)
+        return _capped(c, linear(hidden, head, jnp.float32))
 
     def only(which: Sequence[int]) -> Model:
         chosen = tuple(int(layer) for layer in which)
@@ -222,13 +327,14 @@ def transformer(
             of_model, tokens, positions, mask, cache, mutable=["intermediates"]
         )
         (_, block), aside = outputs
-        frequencies = layers.rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
-        cos, sin = layers.rotation(positions, frequencies)
+        cos, sin, *_ = sight(c, 0, positions, mask, cache.length, positions)
 
         def weight(i: int) -> Array:
             (queries,) = aside["intermediates"][f"layers_{i}"]["self_attn"]["queries"]
             prefix = cache.keys[i], cache.length
-            return layers.attention_weight(queries, cos, sin, mask, prefix, block.keys[i])
+            return layers.attention_weight(
+                queries, cos, sin, mask, prefix, block.keys[i], c.attention_softcap
+            )
 
         return tuple(map(weight, range(c.num_layers)))
 
@@ -241,7 +347,8 @@ def transformer(
         c.vocab_size,
         c.hidden_size,
         tuple(feature_layers),
-        Stack(c.num_layers, only, gated, attention),
+        # Slots that a window hides have no weight worth telling.
+        Stack(c.num_layers, only, gated, None if any(c.windows) else attention),
     )
     return whole
 

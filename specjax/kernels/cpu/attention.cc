@@ -10,13 +10,14 @@ namespace specjax {
 namespace {
 
 using F32 = ffi::Buffer<ffi::F32>;
+using S32 = ffi::Buffer<ffi::S32>;
 using Any = ffi::AnyBuffer;
 
 template <class Number>
 void Call(int64_t threads, F32 queries, F32 keys, F32 values, F32 cos, F32 sin,
-          ffi::Buffer<ffi::PRED> mask, Any prefix_keys, Any prefix_values,
-          ffi::Buffer<ffi::S32> prefix_length, Any block_keys, Any block_values, F32 mixed,
-          Any all_keys, Any all_values) {
+          ffi::Buffer<ffi::PRED> mask, S32 skip, Any prefix_keys, Any prefix_values,
+          S32 prefix_length, Any block_keys, Any block_values, F32 mixed, Any all_keys,
+          Any all_values, float softcap) {
   const auto shape = keys.dimensions();
   auto numbers = [](const Any& buffer) { return static_cast<Number*>(buffer.untyped_data()); };
   Attention<Number> f;
@@ -33,6 +34,8 @@ void Call(int64_t threads, F32 queries, F32 keys, F32 values, F32 cos, F32 sin,
   f.cos = cos.typed_data();
   f.sin = sin.typed_data();
   f.mask = mask.typed_data();
+  f.skip = skip.typed_data();
+  f.softcap = softcap;
   f.prefix_keys = numbers(prefix_keys);
   f.prefix_values = numbers(prefix_values);
   f.prefix_length = prefix_length.typed_data();
@@ -45,13 +48,13 @@ void Call(int64_t threads, F32 queries, F32 keys, F32 values, F32 cos, F32 sin,
 }
 
 ffi::Error Dispatch(ffi::ThreadPool pool, F32 queries, F32 keys, F32 values, F32 cos, F32 sin,
-                    ffi::Buffer<ffi::PRED> mask, Any prefix_keys, Any prefix_values,
-                    ffi::Buffer<ffi::S32> prefix_length, Any block_keys, Any block_values,
+                    ffi::Buffer<ffi::PRED> mask, S32 skip, Any prefix_keys, Any prefix_values,
+                    S32 prefix_length, Any block_keys, Any block_values,
                     ffi::ResultBuffer<ffi::F32> mixed, ffi::Result<Any> all_keys,
-                    ffi::Result<Any> all_values) {
+                    ffi::Result<Any> all_values, float softcap) {
   auto* call = prefix_keys.element_type() == ffi::BF16 ? Call<BFloat16> : Call<float>;
-  call(pool.num_threads(), queries, keys, values, cos, sin, mask, prefix_keys, prefix_values,
-       prefix_length, block_keys, block_values, *mixed, *all_keys, *all_values);
+  call(pool.num_threads(), queries, keys, values, cos, sin, mask, skip, prefix_keys, prefix_values,
+       prefix_length, block_keys, block_values, *mixed, *all_keys, *all_values, softcap);
   return ffi::Error::Success();
 }
 
@@ -67,11 +70,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SpecjaxAttention, specjax::Dispatch,
                                   .Arg<specjax::F32>()
                                   .Arg<specjax::F32>()
                                   .Arg<ffi::Buffer<ffi::PRED>>()
+                                  .Arg<specjax::S32>()
                                   .Arg<specjax::Any>()
                                   .Arg<specjax::Any>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<specjax::S32>()
                                   .Arg<specjax::Any>()
                                   .Arg<specjax::Any>()
                                   .Ret<specjax::F32>()
                                   .Ret<specjax::Any>()
-                                  .Ret<specjax::Any>());
+                                  .Ret<specjax::Any>()
+                                  .Attr<float>("softcap"));

@@ -23,6 +23,8 @@ struct Attention {
   const float *queries, *keys, *values;            // [B, N, K, G, H], [B, N, K, H], before rotation
   const float *cos, *sin;                          // [B, N, H / 2]
   const bool* mask;                                // [B, N, M]
+  const int32_t* skip;                             // [B, N], of what a token sees, from the first
+  float softcap;                                   // scores become softcap tanh(score / softcap); 0: no
   const Number *prefix_keys, *prefix_values;       // [B, K, S, H]
   const int32_t* prefix_length;                    // [B]
   const Number *block_keys, *block_values;         // [B, K, M - N, H], of earlier nodes
@@ -202,6 +204,8 @@ struct Head {
   const float* queries;                       // [nodes * group, h], rotated and scaled
   const int32_t* seen;                        // slots of the block, for each node
   const int64_t* ends;                        // [nodes + 1], of each node's and of those before
+  const int32_t* skip;                        // [nodes], see above
+  float softcap;
   float* scores;                              // [nodes * group, width]
   int64_t width;
   float* of_block;  // [nodes * group, block_width], scores of every node
@@ -219,8 +223,15 @@ inline float Weights(const Head<Number>& a, int64_t r) {
   for (int64_t i = a.ends[node]; i < a.ends[node + 1]; ++i) {
     weights[end++] = a.of_block[r * a.block_width + a.seen[i]];
   }
+  constexpr float kNothing = -std::numeric_limits<float>::infinity();
+  if (a.softcap > 0) {
+    for (int64_t i = 0; i < end; i += kLanes) {
+      Store(weights + i, a.softcap * Tanh(Load(weights + i) / a.softcap));
+    }
+  }
+  std::fill_n(weights, std::clamp<int64_t>(a.skip[node], 0, end - 1), kNothing);
   const int64_t padded = (end + kPadding - 1) / kPadding * kPadding;
-  std::fill(weights + end, weights + padded, -std::numeric_limits<float>::infinity());
+  std::fill(weights + end, weights + padded, kNothing);
   return Softmax(weights, padded);
 }
 
@@ -458,14 +469,24 @@ void Run(int64_t threads, const Attention<Number>& f) {
       ends.push_back(seen.size());
     }
 
+    // What no node sees is not read. The rest keeps its place in vectors and tiles: the same sums.
+    const int32_t* skip = f.skip + b * n;
+    const int64_t length = std::clamp<int64_t>(f.prefix_length[b], 0, f.slots);
+    const int64_t least = std::clamp<int64_t>(*std::min_element(skip, skip + n), 0, length);
+    const int64_t unseen = least / kPadding * kPadding;
+    thread_local std::vector<int32_t> skips;
+    skips.assign(skip, skip + n);
+    for (int32_t& of_node : skips) of_node -= unseen;
+
     const int64_t most = std::max<int64_t>(1, kMostRows / f.group);  // nodes at once
     Head<Number> a;
     a.group = f.group;
     a.h = h;
-    a.length = std::clamp<int64_t>(f.prefix_length[b], 0, f.slots);
+    a.length = length - unseen;
     a.m = m;
-    a.prefix_keys = f.prefix_keys + item * f.slots * h;
-    a.prefix_values = f.prefix_values + item * f.slots * h;
+    a.softcap = f.softcap;
+    a.prefix_keys = f.prefix_keys + (item * f.slots + unseen) * h;
+    a.prefix_values = f.prefix_values + (item * f.slots + unseen) * h;
     a.keys = keys;
     a.values = values;
     a.seen = seen.data();
@@ -482,6 +503,7 @@ void Run(int64_t threads, const Attention<Number>& f) {
     for (int64_t first = 0; first < n; first += most) {
       a.nodes = std::min(most, n - first);
       a.ends = ends.data() + first;
+      a.skip = skips.data() + first;
       for (int64_t r = 0; r < a.nodes * f.group; ++r) {
         const int64_t node = b * n + first + r / f.group, angle = node * (h / 2);
         const float* query = f.queries + Place(f, node, head, r % f.group);

@@ -16,7 +16,7 @@ using F32 = ffi::Buffer<ffi::F32>;
 
 template <class Weight>
 ffi::Error Call(int64_t threads, F32 x, F32 gains, F32 residual, ffi::RemainingArgs& operands,
-                ffi::RemainingRets& results, bool gated, float eps) {
+                ffi::RemainingRets& results, bool gated, bool gelu, float eps) {
   const bool scaled = sizeof(Weight) == 1;
   const size_t count = scaled ? operands.size() / 2 : operands.size();
   Linear<Weight> f;
@@ -45,23 +45,24 @@ ffi::Error Call(int64_t threads, F32 x, F32 gains, F32 residual, ffi::RemainingA
   f.eps = eps;
   f.residual = residual.element_count() ? residual.typed_data() : nullptr;
   f.gated = gated;
+  f.gelu = gelu;
   Run(threads, f);
   return ffi::Error::Success();
 }
 
 ffi::Error Dispatch(ffi::ThreadPool pool, F32 x, F32 gains, F32 residual,
                     ffi::RemainingArgs operands, ffi::RemainingRets results, bool gated,
-                    float eps) {
+                    bool gelu, float eps) {
   const auto w = operands.get<ffi::AnyBuffer>(0);
   if (!w) return w.error();
   const int64_t threads = pool.num_threads();
   switch (w->element_type()) {
     case ffi::F32:
-      return Call<float>(threads, x, gains, residual, operands, results, gated, eps);
+      return Call<float>(threads, x, gains, residual, operands, results, gated, gelu, eps);
     case ffi::BF16:
-      return Call<BFloat16>(threads, x, gains, residual, operands, results, gated, eps);
+      return Call<BFloat16>(threads, x, gains, residual, operands, results, gated, gelu, eps);
     case ffi::S8:
-      return Call<int8_t>(threads, x, gains, residual, operands, results, gated, eps);
+      return Call<int8_t>(threads, x, gains, residual, operands, results, gated, gelu, eps);
     default:
       return ffi::Error::InvalidArgument("linear: weights of an unknown type");
   }
@@ -79,6 +80,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SpecjaxLinear, specjax::Dispatch,
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<bool>("gated")
+                                  .Attr<bool>("gelu")
                                   .Attr<float>("eps"));
 
 extern "C" int SpecjaxOnTiles() {

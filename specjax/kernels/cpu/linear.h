@@ -1,6 +1,6 @@
 // Products of a few rows with one or several matrices: one pass over the weights, whatever m is.
 //
-//     y_j = norm(x) w_j^T + residual    or, gated,    y = silu(norm(x) w_0^T) * (norm(x) w_1^T)
+//     y_j = norm(x) w_j^T + residual    or, gated,    y = act(norm(x) w_0^T) * (norm(x) w_1^T)
 //
 // A row's result depends on no other row and not on how many there are.
 
@@ -33,7 +33,7 @@ struct Linear {
   const float* gains;     // [k] of an RMSNorm before the product, or null
   float eps;              // its own
   const float* residual;  // [m, n] added to the only y, or null
-  bool gated;
+  bool gated, gelu;       // gated by GELU, or else by SiLU
   std::vector<Matrix<Weight>> matrices;  // two if gated
 };
 
@@ -73,7 +73,7 @@ inline void Finish(const Linear<Weight>& f, const Matrix<Weight>& matrix, int64_
       if (f.gated) {
         Vector u = load(up + r * kColumns + c);
         if (f.matrices[1].scales) u *= load(f.matrices[1].scales + begin + c);
-        v = Silu(v) * u;
+        v = (f.gelu ? Gelu(v) : Silu(v)) * u;
       }
       if (residual) v += load(residual + c);
       if (count == kLanes) {

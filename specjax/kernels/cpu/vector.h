@@ -195,6 +195,26 @@ inline Vector Silu(Vector x) {
   return (x > 0.0f ? x : x * e) / (1.0f + e);
 }
 
+// x Phi(x) in its tanh form (arXiv 1606.08415), which is x / (1 + exp(-2 u)).
+inline Vector Gelu(Vector x) {
+  constexpr float kTwiceSqrt2OverPi = 1.59576912f;
+  const Vector twice = kTwiceSqrt2OverPi * (x + 0.044715f * x * x * x);
+  const Vector e = Exp(twice > 0.0f ? -twice : twice);
+  return (twice > 0.0f ? x : x * e) / (1.0f + e);
+}
+
+// tanh(x) to about two units in the last place.
+inline Vector Tanh(Vector x) {
+  const Vector magnitude = x > 0.0f ? x : -x, e = Exp(-2.0f * magnitude), z = x * x;
+  // By its series where 1 - exp(-2 x) would lose digits.
+  Vector series = z * (62.0f / 2835) - (17.0f / 315);
+  series = series * z + (2.0f / 15);
+  series = series * z - (1.0f / 3);
+  const Vector near = magnitude + magnitude * (series * z);
+  const Vector y = magnitude < 0.25f ? near : (1.0f - e) / (1.0f + e);
+  return x < 0.0f ? -y : y;
+}
+
 // log(x) of a normal positive float to about one unit in the last place.
 inline Vector Log(Vector x) {
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
