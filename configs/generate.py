@@ -7,93 +7,41 @@ A few seconds, most of them compilation.
 
 from ml_collections import ConfigDict
 
+from specjax import presets
+
 
 def get_config() -> ConfigDict:
     c = ConfigDict()
-    c.target = "checkpoints/target"  # Hugging Face directories
-    c.draft = ""  # of a model, or of Medusa, Hydra or EAGLE heads
-    c.dtype = "auto"  # or "float32", "bfloat16"
-    c.cache_dtype = "auto"  # the same
-    c.prompt = ""  # or standard input
-    c.prompts = ""  # a file: a prompt per line, or .jsonl with "prompt"
-    c.batch_size = 8  # prompts at once
+    c.target = "checkpoints/target"  # a Hugging Face directory, or a name at huggingface.co
+    c.draft = ""  # the same of a draft model, or of Medusa, Hydra or EAGLE heads
+    c.dtype = "auto"  # of weights and activations: "float32", "bfloat16"; see the README
+    c.cache_dtype = "auto"  # of keys and values: "float32", "bfloat16"
+    c.device = ""  # "cpu", "gpu", "tpu", or one of several, as "gpu:1"; "" is JAX's choice
+    c.prompt = ""  # a text; "" reads standard input
+    c.prompts = ""  # a file: a prompt per line, or .jsonl with "prompt" or "messages"
+    # and, if a line has them, its own seed, temperature, top_k, top_p, min_p, max_new_tokens
+    c.chat = False  # prompts are what a user says, for the model's chat template
+    c.output = ""  # a .jsonl file to add results to; what it holds already is not written again
+    c.num_samples = 1  # of each prompt
+    c.batch_size = 8  # texts at once
     c.max_new_tokens = 128
-    c.temperature = 0.0
+    c.temperature = 0.0  # 0 is greedy
     c.top_k = 0  # 0 is off
     c.top_p = 1.0  # 1 is off
     c.min_p = 0.0  # 0 is off
     c.seed = 0
-    c.steps_per_call = 2  # between two looks at the text of a single prompt
-    c.verifier = "match"  # or "rejection": a file of specjax/verifiers
-    c.drafter = ""  # one of `drafters`; "": that of the draft if there is one, else lookup
+    c.stop = ()  # strings that end a text
+    c.logprobs = -1  # also the log-probabilities of tokens and of so many likeliest; -1 is off
+    c.steps_per_call = 0  # between two looks at a text; 0: 2 when it is shown, 8 for stop strings
+    c.verifier = "match"  # a file of specjax/verifiers, as "rejection"
+    c.drafter = "auto"  # one of `drafters`; "auto": that of the draft if there is one, else lookup
     c.num_draft_tokens = 4  # of a chain
     c.tree = ()  # parents of a tree to draft instead, breadth first, the root's being -1
     c.choose = ""  # a function of specjax/drafters/grow.py; "": what suits verifier and temperature
-    # The trees that heads draft by default: the likelier a node's place, the more it has below.
-    c.tree_of_heads = (-1, 0, 0, 0, 1, 1, 2, 4, 4, 7)
-    c.dynamic_tree = {"num_nodes": 12, "width": 3, "depth": 4}  # EAGLE's
-    grown = {"build": "@build"}
-    with_heads = {"target": "@target", "heads": "@draft", **grown}
     c.corpus = ""  # a directory of train/corpus.py, for reference, retrieval and suffix
     c.layers = ()  # that stay, for layer_skip; train/calibrate.py finds some
-    drafters = "specjax.drafters"
-    of_target = {"target": "@target"}
-    chain, retrieved = {"num_tokens": "@num_draft_tokens"}, {"num_tokens": 4, "num_nodes": 8}
-    c.drafters = {
-        "none": {"call": f"{drafters}.none.none"},
-        "lookup": {"call": f"{drafters}.lookup.lookup", **chain},
-        "ngram": {"call": f"{drafters}.ngram.ngram", **chain},
-        "ngrammys": {
-            "call": f"{drafters}.ngrammys.ngrammys",
-            **of_target,
-            **{"num_paths": 3, "num_tokens": 3},
-        },
-        "recycling": {
-            "call": f"{drafters}.recycling.recycling",
-            **of_target,
-            "parents": {"call": f"{drafters}.recycling.tree", "num_nodes": 12, "depth": 4},
-        },
-        "jacobi": {"call": f"{drafters}.jacobi.jacobi", **chain},
-        "lookahead": {
-            "call": f"{drafters}.lookahead.lookahead",
-            **of_target,
-            **{"width": 4, "ngram": 3, "num_guesses": 3},
-        },
-        "reference": {"call": f"{drafters}.lookup.reference", **chain},
-        "retrieval": {"call": f"{drafters}.retrieval.retrieval", **retrieved},
-        "suffix": {"call": f"{drafters}.suffix.suffix", **retrieved},
-        "layer_skip": {
-            "call": f"{drafters}.layer_skip.layer_skip",
-            **of_target,
-            "layers": "@layers",
-            **grown,
-        },
-        "streaming": {
-            "call": f"{drafters}.sparse.sparse",
-            **of_target,
-            "view": {"call": f"{drafters}.sparse.streaming", "num_sinks": 4, "window": 60},
-            **grown,
-        },
-        "quantized": {"call": f"{drafters}.quantized.quantized", **of_target, **grown},
-        "model": {"call": f"{drafters}.model.model", "draft_model": "@draft", **grown},
-        "medusa": {"call": f"{drafters}.medusa.medusa", **with_heads},
-        "hydra": {"call": f"{drafters}.hydra.hydra", **with_heads},
-        "eagle": {
-            "call": f"{drafters}.eagle.eagle",
-            "target": "@target",
-            "head": "@draft",
-            **grown,
-        },
-    }
-    # What some of them read beside the target; by default the draft's weights.
-    documents = {
-        "call": f"{drafters}.corpus.load",
-        **{"directory": "@corpus", "tokenizer": "@fingerprint"},
-    }
-    params = {"params": "@target_params"}
-    c.weights = {
-        "ngrammys": {"call": f"{drafters}.ngrammys.bigrams", **of_target, **params, "k": 3},
-        "quantized": {"call": f"{drafters}.quantized.int8", **params},
-        **{name: documents for name in ("reference", "retrieval", "suffix")},
-    }
+    c.tree_of_heads = presets.DEFAULTS.tree_of_heads  # of Medusa and Hydra, parents as in `tree`
+    c.dynamic_tree = dict(presets.DEFAULTS.dynamic_tree)  # EAGLE's
+    c.drafters = presets.DRAFTERS  # what each name stands for
+    c.weights = presets.WEIGHTS  # what some of them read beside the target
     return c

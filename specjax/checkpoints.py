@@ -10,6 +10,7 @@ import numpy as np
 import tokenizers as hf_tokenizers
 from ml_collections import ConfigDict
 
+from specjax import devices
 from specjax.build import build, mentions
 from specjax.data import tokenizers
 from specjax.kernels import native
@@ -69,7 +70,7 @@ def load(
     kind = _DTYPES[dtype]
     of_cache = kind if cache_dtype == "auto" else _DTYPES[cache_dtype]
     if not target:
-        raise ValueError("No target was given; need --config.target=DIRECTORY.")
+        raise ValueError("No target was given; need a directory.")
     config = hf.load_config(target)  # says what is wrong better than its tokenizer can
     named = {"draft": drafts} if isinstance(drafts, (str, Path)) else dict(drafts.items())
     if "target" in named:
@@ -206,7 +207,7 @@ def _with_cache_of(heads: Any, dtype: Any) -> Any:
 
 def _stored(dtype: str, stored: np.dtype | None) -> Any:
     """The dtype to read weights in."""
-    served = jax.default_backend() == "cpu" and native.available()
+    served = devices.platform() == "cpu" and native.available()
     keeps = dtype == "auto" and stored == jnp.bfloat16 and served
     return jnp.bfloat16 if keeps else _DTYPES[dtype]
 

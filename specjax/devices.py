@@ -49,6 +49,14 @@ def choose(name: str) -> jax.Device | None:
     )
 
 
+def platform() -> str:
+    """Where what is run next will run: "cpu", "gpu" or "tpu"."""
+    default = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if default is None:
+        return jax.default_backend()
+    return default if isinstance(default, str) else default.platform
+
+
 def unused_accelerator(root: Path = Path("/")) -> str | None:
     """One line where JAX runs on the CPU although there is a GPU or a TPU. Never raises.
 

@@ -182,6 +182,43 @@ def passes(records: Sequence[dict[str, Any]], path: str | Path) -> None:
     plt.close(figure)
 
 
+def differences(records: Sequence[dict[str, Any]], tolerance: float, path: str | Path) -> None:
+    """How far logits are from a reference's: in float32, and in bfloat16 beside its own rounding.
+
+    Args:
+        records: in the order to draw; `decode/parity.py` says what one holds.
+        tolerance: of float32.
+        path: the image to write.
+    """
+    size = (9, 1.3 + 0.24 * len(records))
+    figure, panels = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
+    place = range(len(records))
+
+    def draw(axes: Axes, names: dict[str, str], label: str) -> None:
+        for i, (name, what) in enumerate(names.items()):
+            values = [r[name] for r in records]
+            colour, marker = _COLOURS[i % len(_COLOURS)], "osd"[i]
+            axes.scatter(values, place, 22, colour, marker=marker, label=what)
+        axes.set_xscale("log")
+        axes.set_xlabel(label)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="y", linewidth=0.4)
+        axes.set_axisbelow(True)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False, fontsize=9)
+
+    ways = {"uncached": "uncached", "cached": "cached", "tree": "tree"}
+    draw(panels[0], ways, "largest difference of float32 logits")
+    panels[0].axvline(tolerance, color="0.35", linewidth=0.9, linestyle="--")
+    half = {"bfloat16": "bfloat16 of both"}
+    half |= {"bfloat16_here": "ours, float32", "bfloat16_there": "theirs, float32"}
+    draw(panels[1], half, "of bfloat16, in standard deviations of the logits")
+    panels[0].set_yticks(place, [r["variant"] for r in records])
+    panels[0].invert_yaxis()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def acceptance(records: Sequence[dict[str, Any]], path: str | Path) -> None:
     """Tokens per target pass of each run, a panel for each temperature: interval and seeds.
 

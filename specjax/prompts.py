@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -26,7 +26,20 @@ def read(path: str | Path) -> list[str]:
     """The prompts of a file: one per line, or of `.jsonl` each line's "prompt".
 
     Raises:
-        ValueError: no such file, no prompt in it, or a line that holds none.
+        ValueError: as `requests`; a line that holds no text.
+    """
+    found = requests(path)
+    for i, request in enumerate(found, 1):
+        if "prompt" not in request:
+            raise ValueError(f'Prompt {i} of {path} has no "prompt" but {[*request]}; need text.')
+    return [request["prompt"] for request in found]
+
+
+def requests(path: str | Path) -> list[dict[str, Any]]:
+    """What a file asks for: a "prompt" per line, or `.jsonl` with "prompt" or "messages" in each.
+
+    Raises:
+        ValueError: no such file, nothing in it, or a line that holds neither or both.
     """
     path = Path(path)
     if not path.is_file():
@@ -38,18 +51,22 @@ def read(path: str | Path) -> list[str]:
     if not lines:
         raise ValueError(f"{path} is empty; need at least one prompt.")
     if path.suffix != ".jsonl":
-        return lines
-    prompts = []
+        return [{"prompt": line} for line in lines]
+    found = []
     for i, line in enumerate(lines, 1):
         try:
-            prompts.append(json.loads(line)["prompt"])
-        except (ValueError, KeyError, TypeError) as error:
+            found.append(json.loads(line))
+        except ValueError:
+            found.append(None)
+        given = [*found[-1]] if isinstance(found[-1], dict) else []
+        if ("prompt" in given) == ("messages" in given):
             raise ValueError(
-                f'Prompt {i} of {path} is {line[:40]!r}; need a JSON object with "prompt".'
-            ) from error
-        if not isinstance(prompts[-1], str):
-            raise ValueError(f"Prompt {i} of {path} is {prompts[-1]!r:.40}; need text.")
-    return prompts
+                f'Prompt {i} of {path} is {line[:40]!r}; need a JSON object with "prompt" or '
+                '"messages".'
+            )
+        if "prompt" in given and not isinstance(found[-1]["prompt"], str):
+            raise ValueError(f"Prompt {i} of {path} is {found[-1]['prompt']!r:.60}; need text.")
+    return found
 
 
 def encode(texts: Sequence[str], tokenizer: Tokenizer) -> list[np.ndarray]:
@@ -87,20 +104,23 @@ def held_out(tokenizer: Tokenizer, num_prompts: int, length: int, seed: int) -> 
 
 
 def batches(
-    prompts: Sequence[np.ndarray], batch_size: int, max_new_tokens: int, context: int
+    prompts: Sequence[np.ndarray],
+    batch_size: int,
+    max_new_tokens: int | np.ndarray,
+    context: int,
 ) -> list[Batch]:
     """Batches of one shape.
 
     Args:
         prompts: tokens [T] each.
         batch_size: B.
-        max_new_tokens: a row ends after so many, or at the end of the context.
+        max_new_tokens: a row ends after so many, or at the end of the context; one or one each.
         context: the positions that the models have.
 
     Raises:
         ValueError: a prompt that is empty or fills the context, nothing to generate, no batch.
     """
-    if batch_size < 1 or max_new_tokens < 1:
+    if batch_size < 1 or np.min(max_new_tokens) < 1:
         raise ValueError(
             f"batch_size is {batch_size} and max_new_tokens {max_new_tokens}; both must be at "
             "least 1."
@@ -112,6 +132,7 @@ def batches(
                 f"so it needs 1 to {context - 1}."
             )
     width = engine.bucket(max(len(prompt) for prompt in prompts))
+    most = np.broadcast_to(max_new_tokens, [len(prompts)])
     found = []
     for start in range(0, len(prompts), batch_size):
         rows = prompts[start : start + batch_size]
@@ -119,7 +140,7 @@ def batches(
         length, limit = np.ones(batch_size, np.int32), np.ones(batch_size, np.int32)
         for i, row in enumerate(rows):
             tokens[i, : len(row)] = row
-            length[i], limit[i] = len(row), min(len(row) + max_new_tokens, context)
+            length[i], limit[i] = len(row), min(len(row) + most[start + i], context)
         found.append(Batch(tokens, length, limit, np.arange(start, start + batch_size)))
     return found
 

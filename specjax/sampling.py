@@ -43,21 +43,39 @@ def sampling(
     Raises:
         ValueError: a value out of range or of another length than the batch.
     """
+    return Sampling(*map(jnp.asarray, checked(batch_size, temperature, top_k, top_p, min_p)))
 
-    def rows(name: str, value: ArrayLike, low: float, high: float, dtype: type) -> Array:
-        array = np.asarray(value)
+
+def checked(
+    batch_size: int,
+    temperature: ArrayLike = 0.0,
+    top_k: ArrayLike = 0,
+    top_p: ArrayLike = 1.0,
+    min_p: ArrayLike = 0.0,
+) -> tuple[np.ndarray, ...]:
+    """The same as arrays [B] of numpy's, for whoever has to know before anything is compiled."""
+
+    def rows(name: str, value: ArrayLike, low: float, high: float, dtype: type) -> np.ndarray:
+        try:
+            array = np.asarray(value, np.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name} is {value!r:.60}; it must be a number.") from error
         if array.shape not in ((), (batch_size,)):
-            raise ValueError(f"{name} has shape {array.shape}; a batch of {batch_size} needs one.")
-        if not ((array >= low) & (array <= high)).all():
+            raise ValueError(
+                f"{name} has shape {array.shape} for {batch_size} row(s); need one number, or one "
+                "each."
+            )
+        wrong = array[~((array >= low) & (array <= high))]
+        if wrong.size:
             bound = f"at least {low:g}" if high == np.inf else f"from {low:g} to {high:g}"
-            raise ValueError(f"{name} is {array}; it must be {bound}.")
-        return jnp.broadcast_to(jnp.asarray(array, dtype), [batch_size])
+            raise ValueError(f"{name} is {wrong[0]:g}; it must be {bound}.")
+        return np.broadcast_to(array.astype(dtype), [batch_size])
 
-    return Sampling(
-        rows("temperature", temperature, 0, np.inf, jnp.float32),
-        rows("top_k", top_k, 0, np.inf, jnp.int32),
-        rows("top_p", top_p, 0, 1, jnp.float32),
-        rows("min_p", min_p, 0, 1, jnp.float32),
+    return (
+        rows("temperature", temperature, 0, np.inf, np.float32),
+        rows("top_k", top_k, 0, np.inf, np.int32),
+        rows("top_p", top_p, 0, 1, np.float32),
+        rows("min_p", min_p, 0, 1, np.float32),
     )
 
 

@@ -8,7 +8,15 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from specjax import help
 
@@ -63,10 +71,16 @@ def run(main: Callable[[ConfigDict], None], config: str | None = None) -> None:
     app.run(guarded, flags_parser=parse)
 
 
-def progress() -> Progress:
+def progress(console: Console | None = None) -> Progress:
     """Bars of long work: how much is done, time passed and left, what is going on."""
-    columns = (BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
-    return Progress(*columns, TimeRemainingColumn(), TextColumn("{task.description}"))
+    columns: tuple[ProgressColumn, ...] = (
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    return Progress(*columns, console=console)
 
 
 def _readable(error: Exception) -> Exception:

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from configs import generate as generate_config
 from configs.bench import demo
 from decode import benchmark, generate
-from specjax import checkpoints, engine, help, prompts
+from specjax import checkpoints, engine, help, presets, prompts
 from specjax.build import build, mentions
 from specjax.data import tokenizers
 from specjax.drafters import corpus as corpora
@@ -81,9 +81,9 @@ def test_generate_streams_what_a_batch_prints(
     batched.update(drafter="none", prompt="")
     generate.main(batched)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["prompt"] for line in lines] == texts
+    assert [line["request"]["prompt"] for line in lines] == texts
     assert lines[0]["text"] + "\n" == streamed.out
-    assert all(1 <= line["tokens"] <= 12 for line in lines)
+    assert all(1 <= len(line["tokens"]) <= 12 for line in lines)
 
 
 class Stop(Exception):
@@ -125,7 +125,7 @@ def test_generate_with_eagle3_says_what_plain_decoding_says(
     printed = []
     for draft in ("", save_heads(directories.path / "eagle3", eagle3_head(layer, (0,)))):
         c = config(directories, temperature=1.0, seed=3)
-        c.update(draft=draft, drafter="" if draft else "none")
+        c.update(draft=draft, drafter="auto" if draft else "none")
         generate.main(c)
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1] != ""
@@ -242,12 +242,14 @@ def test_help_of_generate() -> None:
     for flag in ("--help", "-h"):
         status, out, err = helped(script, "--config.nothing=1", flag, "--config.temperature=x")
         assert (status, err) == (0, "")
-        assert out.startswith("Continues a prompt, a file of prompts or standard input")
+        assert out.startswith("Continues a prompt, a file of prompts or a conversation")
         assert "Options (configs/generate.py)\n" in out
-        assert "  --config.temperature=0.0\n" in out
-        assert re.search(r"\n  --config.steps_per_call=2 {2,}between two looks at the text", out)
-        assert option(out, "--config.tree_of_heads").endswith("the more it has below.")
-        assert option(out, "--config.drafters").startswith("--config.drafters {eagle, hydra,")
+        assert "  --config.seed=0\n" in out
+        assert re.search(r"\n  --config.steps_per_call=0 {2,}between two looks at a text", out)
+        assert option(out, "--config.tree_of_heads").endswith("parents as in `tree`")
+        stands_for = "--config.drafters what each name stands for: {eagle, hydra,"
+        assert option(out, "--config.drafters").startswith(stands_for)
+        assert "\n  --json " in out
         assert "specjax.drafters" not in out.split("Options")[1]
         assert "--verbosity=1" in out
         assert "--config=FILE" in out
@@ -389,7 +391,8 @@ def test_generate_has_drafters_without_a_draft(
     for name, spec in c.drafters.items():
         c.drafter = name
         if not mentions(spec, "draft"):
-            assert generate._decoder(c, models)[0].lossless, name
+            options = presets.Options(corpus=c.corpus, layers=c.layers)
+            assert presets.decoder(models, name, options=options)[0].lossless, name
     c.drafter = "none"
     generate.main(c)
     plain = capsys.readouterr().out
@@ -397,10 +400,10 @@ def test_generate_has_drafters_without_a_draft(
     generate.main(c)
     assert capsys.readouterr().out == plain
     c.corpus = ""
-    with pytest.raises(ValueError, match="needs @corpus, but none was given"):
+    with pytest.raises(ValueError, match=r"is 'retrieval' but no corpus .* train/corpus.py made"):
         generate.main(c)
     c.update(drafter="layer_skip", layers=())
-    with pytest.raises(ValueError, match="needs @layers, but none was given"):
+    with pytest.raises(ValueError, match="is 'layer_skip' but no layers were given"):
         generate.main(c)
 
 
@@ -419,11 +422,18 @@ def test_generate_has_drafters_without_a_draft(
         ({"num_draft_tokens": 0}, "root alone"),
         ({"temperature": -1.0}, "temperature is -1"),
         ({"top_p": 1.5}, "top_p"),
-        ({"max_new_tokens": 0}, "max_new_tokens 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be from 1"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"steps_per_call": 0}, "steps_per_call is 0"),
-        ({"drafter": "guess"}, "drafter is 'guess'; need one of"),
-        ({"drafter": "model", "draft": ""}, "needs @draft"),
+        ({"steps_per_call": -1}, "steps_per_call is -1"),
+        ({"num_samples": 0}, "num_samples is 0"),
+        ({"logprobs": 301}, "logprobs is 301; it must be 0 to 300"),
+        ({"min_p": 1.5}, "min_p is 1.5; it must be from 0 to 1"),
+        ({"stop": ("a", "")}, "Stop string 2 of 2 is empty"),
+        ({"chat": True}, r"has no chat template but got 1 message\(s\)"),
+        ({"device": "abacus"}, "device is 'abacus'; need cpu, gpu or tpu"),
+        ({"output": "out.txt"}, "output is 'out.txt'; need a name that ends in .jsonl"),
+        ({"drafter": "guess"}, "drafter is 'guess'; need auto or one of"),
+        ({"drafter": "model", "draft": ""}, "drafter is 'model' but no draft was given"),
         ({"drafter": "eagle"}, "drafter is 'eagle' but .* holds one for 'model'"),
         ({"draft": "wide heads"}, "hidden size 8, but the target's is 16"),
         ({"verifier": "hope"}, "specjax.verifiers.hope.hope"),
