@@ -114,7 +114,8 @@ def measure(c: ConfigDict, name: str, directory: Path) -> dict[str, Any]:
         "experts": found.config.num_experts,
         "standard_deviation": float(expected.logits.std()),
         **differences(found, expected),
-        **rounded_differences(found, expected),
+        **differences_by_weights(found, expected),
+        **differences_in_bfloat16(found, expected),
         "saved": largest(torch_logits(theirs, expected.tokens), expected.logits),
     }
 
@@ -155,15 +156,20 @@ def differences(found: hf.Checkpoint, expected: Expected) -> dict[str, float]:
     }
 
 
-def rounded_differences(found: hf.Checkpoint, expected: Expected) -> dict[str, float]:
-    """With its weights rounded to bfloat16."""
-    config, tokens = found.config, expected.tokens
-    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), found.params)
-    half = np.asarray(uncached(config, params, tokens, jnp.bfloat16))
-    record = {
-        "weights": largest(uncached(config, params, tokens), expected.rounded_logits),
-        "weights_cached": largest(cached(config, params, tokens)[0], expected.rounded_logits),
+def differences_by_weights(found: hf.Checkpoint, expected: Expected) -> dict[str, float]:
+    """With weights in bfloat16, all else in float32."""
+    given = found.config, _rounded(found.params), expected.tokens
+    return {
+        "weights": largest(uncached(*given), expected.rounded_logits),
+        "weights_cached": largest(cached(*given)[0], expected.rounded_logits),
     }
+
+
+def differences_in_bfloat16(found: hf.Checkpoint, expected: Expected) -> dict[str, float]:
+    """Of weights and activations."""
+    given = found.config, _rounded(found.params), expected.tokens
+    half = np.asarray(uncached(*given, jnp.bfloat16))
+    record = {}
     for name, one, other in (
         ("bfloat16", half, expected.bfloat16_logits),
         ("bfloat16_here", half, expected.logits),
@@ -173,6 +179,10 @@ def rounded_differences(found: hf.Checkpoint, expected: Expected) -> dict[str, f
         record[name] = float(of_token.max())
         record[f"{name}_median"] = float(np.median(of_token))
     return record
+
+
+def _rounded(params: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
 
 
 def largest(a: Any, b: Any) -> float:
@@ -237,8 +247,8 @@ def tree(
         block: Block | None = None
         logits = []
         for level in shape.levels:
-            mask = shape.mask[level, : level[-1] + 1]
-            mask = jnp.broadcast_to(mask, (len(nodes), *mask.shape))
+            seen = shape.mask[level, : level[-1] + 1]
+            mask = jnp.broadcast_to(seen, (len(nodes), *seen.shape))
             fed = nodes[:, level], positions[:, level], mask, cache, block
             output, block = model.apply(params, *fed)
             logits.append(output.logits)
@@ -305,13 +315,14 @@ def make(c: ConfigDict, name: str, directory: Path) -> Expected:
 
 
 def load(directory: Path, dtype: str = "float32") -> tuple[Any, dict[str, Any]]:
-    """A model as transformers reads it, and what it says of missing and unexpected tensors."""
-    torch, transformers = _libraries()
+    """A model as transformers reads it, and what it says of missing and unexpected tensors.
+
+    Args:
+        dtype: of weights and activations; "auto" is that of the file.
+    """
+    _, transformers = _libraries()
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        directory,
-        dtype=getattr(torch, dtype),
-        attn_implementation="eager",
-        output_loading_info=True,
+        directory, dtype=dtype, attn_implementation="eager", output_loading_info=True
     )
     return model.eval(), info
 

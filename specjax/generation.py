@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike
 
 from specjax import cache as caches
 from specjax import checkpoints, engine, presets, prompts, sampling
+from specjax.build import mentions
 from specjax.data import chat, tokenizers
 from specjax.kernels.vocabulary import largest
 from specjax.models import hub
@@ -74,6 +75,10 @@ class LanguageModel:
         if isinstance(drafter, Drafter):
             key: Any = drafter, verifier
         else:
+            _, spec = presets.named(
+                drafter, self.checkpoints.drafts, specs.get("drafters", presets.DRAFTERS)
+            )
+            is_greedy &= mentions(spec, "build")  # others draft the same for all rows
             key = repr((drafter, verifier, is_greedy, options, specs))
         if key not in self._decoders:
             self._decoders[key] = presets.decoder(

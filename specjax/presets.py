@@ -103,12 +103,26 @@ class Options(NamedTuple):
 DEFAULTS = Options()
 
 
-def name_of(drafter: str, drafts: Mapping[str, checkpoints.Drafting]) -> str:
-    """What "auto" stands for: the draft's own kind, or `lookup`, which needs none."""
-    if drafter != "auto":
-        return drafter
-    draft = drafts.get("draft")
-    return "lookup" if draft is None else _OF_DRAFT[type(draft.model)]
+def named(
+    drafter: str | Mapping[str, Any],
+    drafts: Mapping[str, checkpoints.Drafting],
+    drafters: Mapping[str, Any] | ConfigDict = DRAFTERS,
+) -> tuple[str, Mapping[str, Any]]:
+    """A drafter's name, which a spec does not have, and its spec.
+
+    "auto" stands for the draft's own kind, or for `lookup`, which needs none.
+
+    Raises:
+        ValueError: a name that is not known.
+    """
+    if not isinstance(drafter, str):
+        return "", drafter
+    if drafter == "auto":
+        draft = drafts.get("draft")
+        drafter = "lookup" if draft is None else _OF_DRAFT[type(draft.model)]
+    if drafter not in drafters:
+        raise ValueError(f"drafter is {drafter!r}; need auto or one of {', '.join(drafters)}.")
+    return drafter, drafters[drafter]
 
 
 def decoder(
@@ -125,8 +139,8 @@ def decoder(
 
     Args:
         models: the target and its drafts.
-        drafter: one of `drafters` or "auto", see `name_of`; a spec like theirs; or a drafter,
-            whose weights are `drafter_params`.
+        drafter: one of `drafters` or "auto", see `named`; a spec like theirs; or a drafter, whose
+            weights are `drafter_params`.
         verifier: a file of specjax/verifiers, or a rule.
         is_greedy: all rows will be.
         options: what a spec leaves open.
@@ -143,12 +157,7 @@ def decoder(
     if isinstance(drafter, Drafter):
         joined = engine.decoder(models.target, drafter, rule, eos_ids=models.eos_ids)
         return joined, Params(models.target_params, drafter_params)
-    name = ""
-    if isinstance(drafter, str):
-        name = name_of(drafter, models.drafts)
-        if name not in drafters:
-            raise ValueError(f"drafter is {name!r}; need auto or one of {', '.join(drafters)}.")
-        drafter = drafters[name]
+    name, spec = named(drafter, models.drafts, drafters)
     draft = models.drafts.get("draft")
     held = None if draft is None else _OF_DRAFT[type(draft.model)]
     if name in _OF_DRAFT.values() and held != name:
@@ -156,7 +165,7 @@ def decoder(
         raise ValueError(f"drafter is {name!r} but {what}; need a directory that holds its own.")
     for option, what in _NEEDED.items():
         if not getattr(options, option) and any(
-            mentions(spec, option) for spec in (drafter, weights.get(name))
+            mentions(part, option) for part in (spec, weights.get(name))
         ):
             raise ValueError(f"drafter is {name!r} but {what}.")
     choose = options.choose
@@ -165,7 +174,7 @@ def decoder(
     elif not choose:
         choose = "coupled" if rule.drafter_invariant else "without_replacement"
     built = build(
-        drafter,
+        spec,
         **checkpoints.given(models.target, models.drafts),
         build=_builder(options, draft, build({"call": f"{_PACKAGE}.grow.{choose}"})),
         num_draft_tokens=options.num_draft_tokens,
@@ -173,7 +182,7 @@ def decoder(
     )
     joined = engine.decoder(models.target, built, rule, eos_ids=models.eos_ids)
     if name not in weights:
-        return joined, checkpoints.params(models.target_params, models.drafts, drafter)
+        return joined, checkpoints.params(models.target_params, models.drafts, spec)
     own = build(
         weights[name],
         target=models.target,

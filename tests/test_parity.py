@@ -1,6 +1,11 @@
-"""The same files give the same logits here and in transformers, whichever way tokens are fed."""
+"""The same files give the same logits here and in transformers, whichever way tokens are fed.
 
-from collections.abc import Callable, Iterator
+`golden/` holds tiny models as transformers saved them and what it says of them; with transformers
+installed the same is asked of models that are made anew.
+"""
+
+import json
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,217 +13,212 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from directories import ROOT
+from ml_collections import ConfigDict
 
-from specjax import cache as caches
-from specjax import trees
+from configs.bench import parity as config
+from decode import parity
+from specjax.kernels import native
 from specjax.models import hf
-from specjax.models.transformer import forward, transformer
-from specjax.types import Block, Cache, Model, PyTree
+from specjax.models.families import FAMILIES
+from specjax.types import Array, Cache
 
-torch = pytest.importorskip("torch", reason="compares with transformers, which needs torch")
-transformers = pytest.importorskip("transformers", reason="compares with transformers")
-
-TOLERANCE = 1e-4
-BATCH, LENGTH = 2, 48
-PARENTS = (-1, 0, 0, 0, 1, 1, 3, 4, 6)  # breadth first
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
-    "rms_norm_eps": 1e-3,  # large enough to show, as the theta above
-    "initializer_range": 0.25,  # wide, so that logits differ by far more than the tolerance
-    "bos_token_id": 1,
-    "eos_token_id": [2, 3],
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 1000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,  # a third of LENGTH
-}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "grouped tied": {"tie_word_embeddings": True},
-    "ungrouped untied": {"tie_word_embeddings": False, "num_key_value_heads": 4},
-    "llama3 rope": {"tie_word_embeddings": False, "rope_parameters": LLAMA3},
-    "own head size": {"tie_word_embeddings": True, "head_dim": 20},
-}
+GOLDEN = ROOT / "tests" / "golden"
+CONFIG = config.get_config()
+TOLERANCE = CONFIG.tolerance
+WITH_WINDOWS = ("mistral", "qwen2_window", "gemma2", "gemma3", "gemma3_linear_rope")
 
 
-class Pair(NamedTuple):
-    theirs: Any
-    model: Model
+class Golden(NamedTuple):
+    name: str
     found: hf.Checkpoint
-    tokens: np.ndarray  # [B, N] int32
-    logits: np.ndarray  # [B, N, V], theirs
+    expected: parity.Expected
 
 
-def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
+def grouped(names: Any) -> list[Any]:
+    """So that a worker compiles all that a model needs."""
+    return [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
 
 
-def largest_difference(a: Any, b: Any) -> float:
-    return float(np.abs(np.asarray(a) - np.asarray(b)).max())
+def read(name: str) -> Golden:
+    return Golden(name, hf.load(GOLDEN / name), parity.read_expected(GOLDEN / name))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def full_precision() -> Iterator[None]:
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
-@pytest.fixture(scope="module", params=list(VARIANTS))
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    directory = tmp_path_factory.mktemp("theirs")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SIZES | VARIANTS[request.param])
-    theirs = transformers.LlamaForCausalLM(config).eval()
-    with torch.no_grad():  # all ones otherwise, which hides a norm in the wrong place
-        for name, weight in theirs.named_parameters():
-            if "norm" in name:
-                weight.uniform_(0.5, 1.5)
-    theirs.save_pretrained(directory)
-    found = hf.load(directory)
-    tokens = np.random.default_rng(0).integers(0, 64, (BATCH, LENGTH), np.int32)
-    logits = torch_logits(theirs, tokens)
-    assert logits.std() > 1.0
-    return Pair(theirs, transformer(found.config), found, tokens, logits)
+@pytest.fixture(scope="module", params=grouped(CONFIG.variants))
+def golden(request: pytest.FixtureRequest) -> Golden:
+    return read(request.param)
 
 
 @pytest.fixture(scope="module")
-def uncached(pair: Pair) -> Callable[..., jax.Array]:
-    """(params, tokens [B, N]) -> logits [B, N, V] of one causal pass."""
-    return jax.jit(lambda params, tokens: forward(pair.model, params, tokens).logits)
+def one_by_one(golden: Golden) -> tuple[Array, Cache]:
+    return parity.cached(golden.found.config, golden.found.params, golden.expected.tokens)
 
 
-def test_uncached(pair: Pair, uncached: Callable[..., jax.Array]) -> None:
-    assert largest_difference(uncached(pair.found.params, pair.tokens), pair.logits) < TOLERANCE
+def required() -> None:
+    """Skips what cannot be asked here."""
+    for library in ("torch", "transformers"):
+        pytest.importorskip(library, reason="compares with transformers, which needs torch")
 
 
-def test_special_ids(pair: Pair) -> None:
-    assert (pair.found.eos_ids, pair.found.bos_id) == ((2, 3), 1)
+# ------------------------------------------------------------------------------------- golden files
 
 
-def test_token_by_token(pair: Pair) -> None:
-    visible = jnp.ones((BATCH, 1, 1), bool)
-
-    @jax.jit
-    def step(params: PyTree, token: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        position = cache.length[:, None]
-        output, block = pair.model.apply(params, token[:, None], position, visible, cache)
-        root, one = jnp.zeros((BATCH, 1), jnp.int32), jnp.ones(BATCH, jnp.int32)
-        return output.logits[:, 0], caches.commit(cache, block, root, one)
-
-    cache, rows = pair.model.init_cache(BATCH, LENGTH + 5), []
-    for token in pair.tokens.T:
-        logits, cache = step(pair.found.params, token, cache)
-        rows.append(logits)
-    assert largest_difference(jnp.stack(rows, 1), pair.logits) < TOLERANCE
+def test_every_family_is_there() -> None:
+    assert {path.name for path in GOLDEN.iterdir() if path.is_dir()} == set(CONFIG.variants)
+    assert {hf.load_config(GOLDEN / name).family for name in CONFIG.variants} == set(FAMILIES)
+    assert sum(path.stat().st_size for path in GOLDEN.rglob("*")) < parity.MOST_BYTES
+    assert set(json.loads((GOLDEN / parity.VERSIONS).read_text())) > {"torch", "transformers"}
 
 
-def test_tree(pair: Pair, uncached: Callable[..., jax.Array]) -> None:
+def test_logits_differ_by_more_than_the_tolerance(golden: Golden) -> None:
+    found, expected = golden.found, golden.expected
+    assert expected.logits.std() > 1.0
+    assert (found.eos_ids, found.bos_id) == ((2, 3), 1)
+    windows = [w for w in found.config.windows if w]
+    assert all(w < min(expected.prefix) for w in windows), "some of the prefix is out of sight"
+    assert bool(windows) == (golden.name in WITH_WINDOWS)
+
+
+def test_uncached(golden: Golden) -> None:
+    found, expected = golden.found, golden.expected
+    logits = parity.uncached(found.config, found.params, expected.tokens)
+    assert parity.largest(logits, expected.logits) < TOLERANCE
+
+
+def test_token_by_token(golden: Golden, one_by_one: tuple[Array, Cache]) -> None:
+    assert parity.largest(one_by_one[0], golden.expected.logits) < TOLERANCE
+
+
+def test_tree(golden: Golden, one_by_one: tuple[Array, Cache]) -> None:
     """A node fed at once or level by level sees its path alone, after a ragged prefix."""
-    tree, params = trees.topology(PARENTS), pair.found.params
-    rng = np.random.default_rng(1)
-    nodes = rng.integers(0, 64, (BATCH, len(PARENTS)), np.int32)
-    prefix = np.array([LENGTH - 5, 20], np.int32)
-    positions = (prefix[:, None] + tree.depth_of).astype(np.int32)
+    found, expected = golden.found, golden.expected
+    at_once, by_level = parity.tree(found.config, found.params, one_by_one[1], expected)
+    assert parity.largest(at_once, expected.node_logits) < TOLERANCE
+    assert parity.largest(by_level, expected.node_logits) < TOLERANCE
 
-    # Every node's path, run alone: a row per (batch row, node).
-    alone = np.repeat(pair.tokens, len(PARENTS), 0)
-    last = positions.reshape(-1)
-    for row in range(len(alone)):
-        b, node = divmod(row, len(PARENTS))
-        while node >= 0:
-            alone[row, positions[b, node]] = nodes[b, node]
-            node = PARENTS[node]
-    theirs = torch_logits(pair.theirs, alone)[np.arange(len(alone)), last]
-    ours = uncached(params, alone)[np.arange(len(alone)), last]
-    needed = theirs.reshape(BATCH, len(PARENTS), -1)
 
-    @jax.jit
-    def prefill(params: PyTree, tokens: jax.Array, count: jax.Array) -> Cache:
-        n = tokens.shape[1]
-        everywhere = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), tokens.shape)
-        mask = jnp.broadcast_to(jnp.tril(jnp.ones((n, n), bool)), (BATCH, n, n))
-        empty = pair.model.init_cache(BATCH, LENGTH)
-        _, block = pair.model.apply(params, tokens, everywhere, mask, empty)
-        return caches.commit(empty, block, everywhere, count)
+def test_tree_without_kernels(golden: Golden, one_by_one: tuple[Array, Cache]) -> None:
+    if golden.name not in ("mistral", "gemma2"):
+        pytest.skip("these two have all that attention can be asked for")
+    with native.disabled():
+        test_tree(golden, one_by_one)
 
-    @jax.jit
-    def at_once(params: PyTree, cache: Cache) -> jax.Array:
-        mask = jnp.broadcast_to(
-            trees.ancestor_mask(jnp.asarray(PARENTS)), (BATCH, *tree.mask.shape)
-        )
-        return pair.model.apply(params, nodes, positions, mask, cache)[0].logits
 
-    @jax.jit
-    def by_level(params: PyTree, cache: Cache) -> jax.Array:
-        block: Block | None = None
-        rows = []
-        for level in tree.levels:
-            mask = np.broadcast_to(
-                tree.mask[level, : level[-1] + 1], (BATCH, len(level), level[-1] + 1)
-            )
-            output, block = pair.model.apply(
-                params, nodes[:, level], positions[:, level], mask, cache, block
-            )
-            rows.append(output.logits)
-        assert block is not None
-        assert block.positions.shape == block.keys[0].shape[::2] == (BATCH, len(PARENTS))
-        return jnp.concatenate(rows, 1)
+def test_bfloat16(golden: Golden) -> None:
+    record = parity.differences_in_bfloat16(golden.found, golden.expected)
+    told: dict[str, Any] = dict.fromkeys((*parity.FULL, "saved"), 0.0)
+    told["experts"] = golden.found.config.num_experts
+    assert not parity.beyond(CONFIG, told | record), record
+    assert record["bfloat16"] > 0.01, "nothing was rounded"
 
-    cache = prefill(params, pair.tokens, prefix)
-    # Slots at or beyond the length hold garbage, which must not show.
-    cache = jax.tree.map(lambda x: x if x.ndim == 1 else x.at[1, :, 20:].set(1e3), cache)
-    for name, logits in (
-        ("alone", ours.reshape(needed.shape)),
-        ("at once", at_once(params, cache)),
-        ("by level", by_level(params, cache)),
-    ):
-        assert largest_difference(logits, needed) < TOLERANCE, name
+
+@pytest.mark.parametrize("name", grouped(["llama", "mixtral", "gemma2", "gpt2"]))
+def test_weights_in_bfloat16(name: str) -> None:
+    _, found, expected = read(name)
+    record = parity.differences_by_weights(found, expected)
+    assert max(record.values()) < TOLERANCE, record
+
+
+def test_saved_and_loaded(golden: Golden, tmp_path: Path) -> None:
+    parity.save(tmp_path, golden.found)
+    back = hf.load(tmp_path)
+    assert back._replace(params=None) == golden.found._replace(params=None)
+    assert jax.tree.structure(back.params) == jax.tree.structure(golden.found.params)
+    jax.tree.map(np.testing.assert_array_equal, back.params, golden.found.params)
+
+
+# ------------------------------------------------------------------------------------- transformers
+
+
+@pytest.mark.parametrize("name", grouped(CONFIG.variants))
+def test_made_anew(name: str, tmp_path: Path) -> None:
+    required()
+    record = parity.measure(CONFIG, name, tmp_path)
+    assert not parity.beyond(CONFIG, record), record
+    assert record["standard_deviation"] > 1.0
 
 
 @pytest.mark.parametrize("max_shard_bytes", [None, 10_000])
 def test_transformers_reads_what_is_saved(
-    pair: Pair, tmp_path: Path, max_shard_bytes: int | None
+    golden: Golden, tmp_path: Path, max_shard_bytes: int | None
 ) -> None:
-    found = pair.found
-    hf.save(
-        tmp_path,
-        found.config,
-        found.params,
-        eos_ids=found.eos_ids,
-        bos_id=found.bos_id,
-        max_shard_bytes=max_shard_bytes,
-    )
-    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, output_loading_info=True
-    )
+    required()
+    parity.save(tmp_path, golden.found, max_shard_bytes)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (max_shard_bytes is not None)
+    theirs, info = parity.load(tmp_path, "auto")
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    assert theirs.dtype == torch.float32
-    np.testing.assert_array_equal(torch_logits(theirs.eval(), pair.tokens), pair.logits)
+    assert str(theirs.dtype) == "torch.float32"
+    own, _ = parity.load(GOLDEN / golden.name)
+    tokens = golden.expected.tokens
+    found, needed = (parity.torch_logits(model, tokens) for model in (theirs, own))
+    np.testing.assert_array_equal(found, needed)
     assert theirs.generation_config.eos_token_id == [2, 3]
     assert theirs.generation_config.bos_token_id == 1
 
 
-def test_bfloat16_both_ways(pair: Pair, tmp_path: Path) -> None:
-    hf.save(tmp_path / "ours", pair.found.config, pair.found.params, dtype=jnp.bfloat16)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto")
-    assert theirs.dtype == torch.bfloat16
+def test_bfloat16_both_ways(golden: Golden, tmp_path: Path) -> None:
+    required()
+    params = golden.found.params
+    hf.save(tmp_path / "ours", golden.found.config, params, dtype=jnp.bfloat16)
+    theirs, _ = parity.load(tmp_path / "ours", "auto")
+    assert str(theirs.dtype) == "torch.bfloat16"
     theirs.save_pretrained(tmp_path / "theirs")
-    found = hf.load(tmp_path / "theirs").params
     same = jax.tree.map(
         lambda x, y: x.dtype == jnp.bfloat16 and bool((x == y.astype(x.dtype)).all()),
-        found,
-        pair.found.params,
+        hf.load(tmp_path / "theirs").params,
+        params,
     )
     assert all(jax.tree.leaves(same))
+
+
+# --------------------------------------------------------------------------------------- the script
+
+
+def one_variant(tmp_path: Path, name: str = "gpt2") -> ConfigDict:
+    c = config.get_config()
+    c.variants = {name: c.variants[name].to_dict()}
+    c.output = str(tmp_path / "results")
+    return c
+
+
+def test_it_writes_what_it_finds(tmp_path: Path) -> None:
+    required()
+    c = one_variant(tmp_path)
+    c.golden = str(tmp_path / "golden")
+    parity.main(c)
+    results = json.loads((tmp_path / "results/results.json").read_text())
+    assert [record["variant"] for record in results["records"]] == ["gpt2"]
+    page = (tmp_path / "results/results.md").read_text()
+    assert page.count("\n| gpt2 | n_inner 40 |") == 1
+    assert all(f"{name} {version}" in page for name, version in results["versions"].items())
+    assert (tmp_path / "results/results.png").stat().st_size > 1000
+    made = {path.name for path in (tmp_path / "golden/gpt2").iterdir()}
+    assert made == {path.name for path in (GOLDEN / "gpt2").iterdir()}
+    c.tolerance = 1e-9
+    with pytest.raises(SystemExit, match="beyond its tolerance: gpt2: uncached; gpt2: cached"):
+        parity.main(c)
+
+
+def test_golden_files_stay_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    required()
+    c = one_variant(tmp_path)
+    c.golden = str(tmp_path / "golden")
+    monkeypatch.setattr(parity, "MOST_BYTES", 1000)
+    with pytest.raises(ValueError, match=r"Golden files take \d+ bytes; need at most 1000"):
+        parity.main(c)
+    assert not (tmp_path / "golden").exists()
+
+
+def test_it_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    c = one_variant(tmp_path)
+    c.prefix = (20, 22)
+    with pytest.raises(ValueError, match=r"num_tokens 24; with the tree they need .* 1 and 26"):
+        parity.main(c)
+    c = one_variant(tmp_path)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ValueError, match=r"pip install 'specjax\[parity\]'"):
+        parity.main(c)
+    c.variants = {}
+    with pytest.raises(ValueError, match="no variants"):
+        parity.main(c)

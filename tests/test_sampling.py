@@ -104,8 +104,8 @@ def test_greedy_ties_go_to_the_lowest_id() -> None:
         ({"top_p": 1.5}, "top_p is 1.5; it must be from 0 to 1"),
         ({"min_p": 1.01}, "min_p is 1.01; it must be from 0 to 1"),
         ({"min_p": -0.5}, "min_p is -0.5; it must be from 0 to 1"),
-        ({"temperature": [1.0, 1.0, 1.0]}, r"temperature has shape \(3,\); a batch of 2"),
-        ({"top_p": [[1.0, 1.0]]}, r"top_p has shape \(1, 2\); a batch of 2"),
+        ({"temperature": [1.0, 1.0, 1.0]}, r"temperature has shape \(3,\) for 2 row"),
+        ({"top_p": [[1.0, 1.0]]}, r"top_p has shape \(1, 2\) for 2 row"),
     ],
 )
 def test_sampling_refuses(arguments: dict[str, Any], message: str) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -19,7 +20,7 @@ from ml_collections import ConfigDict
 from configs import generate as generate_config
 from configs.bench import demo
 from decode import benchmark, generate
-from specjax import checkpoints, engine, help, presets, prompts
+from specjax import checkpoints, devices, engine, help, presets, prompts
 from specjax.build import build, mentions
 from specjax.data import tokenizers
 from specjax.drafters import corpus as corpora
@@ -84,6 +85,85 @@ def test_generate_streams_what_a_batch_prints(
     assert [line["request"]["prompt"] for line in lines] == texts
     assert lines[0]["text"] + "\n" == streamed.out
     assert all(1 <= len(line["tokens"]) <= 12 for line in lines)
+
+
+def test_generate_goes_on_where_it_was_stopped(
+    directories: Directories, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    """Lines that are there stay, half a line is written again, other options are refused."""
+    file, output = tmp_path / "in.jsonl", tmp_path / "new" / "out.jsonl"
+    given = [
+        {"prompt": "import os", "id": "first", "temperature": 1.0},
+        {"messages": [{"role": "user", "content": "x"}], "seed": 4},
+        {"prompt": "def f(", "max_new_tokens": 3, "category": "not ours"},
+    ]
+    file.write_text("".join(json.dumps(each) + "\n" for each in given))
+    target = directories.path / "chat"
+    shutil.copytree(directories.target, target)
+    (target / "chat_template.jinja").write_text("{{ messages[0].content }}:")
+    options = {"prompts": str(file), "output": str(output), "num_samples": 2, "logprobs": 1}
+
+    def run(**changes: Any) -> list[dict[str, Any]]:
+        c = config(directories, **{**options, **changes})
+        c.update(target=str(target), draft="", prompt="")
+        generate.main(c)
+        return [json.loads(line) for line in output.read_text().splitlines()]
+
+    whole = run()
+    assert [(line["index"], line["sample"]) for line in whole] == [
+        (i, sample) for i in range(3) for sample in range(2)
+    ]
+    assert whole[0]["request"]["id"] == "first"
+    assert whole[2]["request"]["messages"] == given[1]["messages"]
+    assert len(whole[4]["tokens"]) <= 3
+    assert whole[0]["tokens"] != whole[1]["tokens"]
+    assert whole[2]["tokens"] == whole[3]["tokens"]  # greedy
+    for line in whole:
+        assert (
+            len(line["logprobs"]["tokens"]) == len(line["logprobs"]["top"]) == len(line["tokens"])
+        )
+    lines = output.read_bytes().splitlines(keepends=True)
+    output.write_bytes(b"".join(lines[:3]) + lines[3][:20])
+    again = run(drafter="ngram", batch_size=2)
+    assert again[:3] == whole[:3]
+    for line, other in zip(again, whole, strict=True):
+        told, expected = line.pop("logprobs"), other.pop("logprobs")
+        np.testing.assert_allclose(told["tokens"], expected["tokens"], atol=1e-5)
+    assert again == whole
+    assert "6 texts already" not in capsys.readouterr().err
+    run()
+    assert "holds all 6 texts already" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"Line 1 .* with seed 0 but now it is 1; need the same"):
+        run(seed=1)
+    with pytest.raises(ValueError, match=r"Line 2 .* prompt 0, sample 1; need those of 3"):
+        run(num_samples=1)
+    output.write_text("something else\n")
+    with pytest.raises(ValueError, match=r"Line 1 of .* is b'something else"):
+        run()
+    file.write_text('{"prompt": "x", "messages": []}\n')
+    with pytest.raises(ValueError, match='need a JSON object with "prompt" or "messages"'):
+        run()
+    file.write_text('{"prompt": "x", "seed": "one"}\n')
+    with pytest.raises(ValueError, match="seed of prompt 1 is 'one'; need a number"):
+        run()
+
+
+def test_generate_prints_one_document_for_programs(
+    directories: Directories, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "_as_json", lambda: True)
+    monkeypatch.setattr(devices, "unused_accelerator", lambda: "A GPU is idle.")
+    generate.main(config(directories, stop=("never written",)))
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    (result,) = document["results"]
+    assert result["request"]["prompt"] == "import os"
+    assert document["statistics"]["num_tokens"] == len(result["tokens"]) == 12
+    assert err == "warning: A GPU is idle.\n"
+    generate.main(config(directories, device="cpu", stop=("never written",)))
+    again, err = capsys.readouterr()
+    assert json.loads(again)["results"] == document["results"]
+    assert err == ""
 
 
 class Stop(Exception):

@@ -75,8 +75,9 @@ def get_config() -> ConfigDict:
     add("qwen2", "qwen2", tie_word_embeddings=True)
     add("qwen2_window", "qwen2", use_sliding_window=True, sliding_window=3, max_window_layers=1)
     add("qwen3", "qwen3", head_dim=8)
+    # Mixtral's shares of experts always sum to 1.
     experts = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 16}
-    add("qwen3_moe", "qwen3_moe", head_dim=8, norm_topk_prob=True, **experts)
+    add("qwen3_moe", "qwen3_moe", head_dim=8, norm_topk_prob=False, **experts)
     caps = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0}
     add("gemma2", "gemma2", sliding_window=3, **_GEMMA, **caps)
     add("gemma3", "gemma3_text", **_GEMMA3)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
@@ -89,14 +90,14 @@ def load(
             continue
         for tensor in names:
             hf.check_tensor(directory, tensor, stored, shape, to)
-        array = hf.read(stored[names[0]])
+        array = hf.read(stored[names[0]], to)
         for tensor in names[1:]:
-            if not np.array_equal(array, hf.read(stored[tensor])):
+            if not np.array_equal(array, hf.read(stored[tensor], to)):
                 raise ValueError(
                     f"Tensors {names[0]} and {tensor} in {directory} differ; need the same, for "
                     f"{name} heads share these weights."
                 )
-        flat[path] = jnp.asarray(array if to is None else array.astype(to))
+        flat[path] = jax.device_put(array)
     used = {tensor for names, _ in table.values() for tensor in names}
     for tensor, where in stored.items():
         if tensor not in used and not tensor.endswith(form.unused):
