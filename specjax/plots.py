@@ -248,3 +248,37 @@ def acceptance(records: Sequence[dict[str, Any]], path: str | Path) -> None:
     panels[0][0].invert_yaxis()
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def loading(records: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """Seconds of every round, and peaks of memory over the model; strokes at what each may be.
+
+    Args:
+        records: in the order to draw, reading first; `decode/loading.py` says what one holds.
+        path: the image to write.
+    """
+    size = (9, 1.2 + 0.4 * len(records))
+    figure, panels = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
+    place, reading = range(len(records)), records[0]["seconds"]
+    peaks = [(r["peak_bytes"] or 0) / 1e9 for r in records]
+    limits = [(r["model_bytes"] + r["largest_tensor_bytes"]) / 1e9 for r in records]
+    bars = panels[0].barh(place, [r["seconds"] for r in records], 0.7, color=_COLOURS[0])
+    labels = [f"{r['ratio']:.2f} x" for r in records]
+    panels[0].bar_label(bars, labels, label_type="center", color="white", fontsize=9)
+    for y, record in enumerate(records):
+        rounds = record["seconds_repeats"]
+        panels[0].plot(rounds, [y] * len(rounds), "|", color="0.25", markersize=7)
+        if record["at_most"] is not None:
+            panels[0].scatter(record["at_most"] * reading, y, 260, _COLOURS[1], marker="|")
+    panels[0].set_xlabel("seconds")
+    panels[1].barh(place, peaks, 0.7, color=_COLOURS[0])
+    panels[1].scatter(limits, place, 260, _COLOURS[1], marker="|", label="at most")
+    panels[1].set_xlabel("peak of memory, GB")
+    for axes in panels:
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+    panels[0].set_yticks(place, [r["what"] for r in records])
+    panels[0].invert_yaxis()
+    figure.legend(loc="outside lower center", frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -19,7 +19,8 @@ from flax import traverse_util
 from specjax import checkpoints
 from specjax.kernels import native
 from specjax.models import hf
-from specjax.models.layers import RopeScaling
+from specjax.models.families import FAMILIES
+from specjax.models.layers import LinearRopeScaling, RopeScaling
 from specjax.models.transformer import TransformerConfig, transformer
 from specjax.types import PyTree
 
@@ -37,6 +38,26 @@ CONFIG = TransformerConfig(
 )
 UNTIED = dataclasses.replace(CONFIG, tie_embeddings=False)
 SCALED = dataclasses.replace(CONFIG, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 32))
+_GEMMA: dict[str, Any] = {"windows": (5, 0), "attention_scale": 20**-0.5}
+OF_FAMILIES = {
+    family: dataclasses.replace(CONFIG, family=family, **changes)
+    for family, changes in {
+        "llama": {"rope_scaling": LinearRopeScaling(4.0)},
+        "mistral": {"windows": (5, 5), "tie_embeddings": False},
+        "mixtral": {"num_experts": 4, "num_experts_per_token": 2},
+        "qwen2": {"windows": (0, 5)},
+        "qwen3": {"tie_embeddings": False},
+        "qwen3_moe": {
+            "num_experts": 4,
+            "num_experts_per_token": 3,
+            "renormalized_experts": False,
+            "windows": (5, 5),
+        },
+        "gemma2": _GEMMA | {"attention_softcap": 5.0, "logit_softcap": 8.0},
+        "gemma3_text": _GEMMA | {"local_rope_theta": 700.0, "rope_scaling": LinearRopeScaling(8.0)},
+        "gpt2": {"num_kv_heads": 4, "head_dim": 2, "rope_theta": 1e4},  # it has no theta
+    }.items()
+}
 
 
 def random_params(config: TransformerConfig, dtype: Any = jnp.float32, seed: int = 0) -> PyTree:
@@ -104,6 +125,57 @@ def test_round_trip(
         for shard in shards:
             tensors = safetensors.numpy.load_file(shard)
             assert len(tensors) == 1 or sum(x.nbytes for x in tensors.values()) <= 1000
+
+
+@pytest.mark.parametrize("max_shard_bytes", [None, 1])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip_of_every_family(
+    tmp_path: Path, family: str, max_shard_bytes: int | None
+) -> None:
+    config = OF_FAMILIES[family]
+    for own in (config, dataclasses.replace(config, tie_embeddings=not config.tie_embeddings)):
+        params = random_params(own)
+        hf.save(tmp_path, own, params, max_shard_bytes=max_shard_bytes)
+        found = hf.load(tmp_path)
+        assert found.config == hf.load_config(tmp_path) == own
+        assert_same(found.params, params)
+
+
+def test_every_expert_has_a_tensor_of_its_own(tmp_path: Path) -> None:
+    config = OF_FAMILIES["mixtral"]
+    params = random_params(config)
+    hf.save(tmp_path, config, params)
+    tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    for name, path in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
+        stack = params["layers_1"]["mlp"][path]
+        for i, x in enumerate(stack):
+            stored = tensors[f"model.layers.1.block_sparse_moe.experts.{i}.{name}.weight"]
+            np.testing.assert_array_equal(stored, x)
+    last = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+    edit_tensors(tmp_path / "model.safetensors", lambda t: t.pop(last))
+    assert f"has no tensor {last}" in message(hf.load, tmp_path)
+
+
+def test_names_and_buffers_of_gpt2(tmp_path: Path) -> None:
+    """Older files have no first word and keep the causal mask."""
+    config = OF_FAMILIES["gpt2"]
+    params = random_params(config)
+    hf.save(tmp_path, config, params)
+
+    def older(t: dict[str, np.ndarray]) -> None:
+        for name in list(t):
+            t[name.removeprefix("transformer.")] = t.pop(name)
+        for i in range(config.num_layers):
+            t[f"h.{i}.attn.bias"] = np.tril(np.ones((1, 1, 64, 64), np.uint8))
+            t[f"h.{i}.attn.masked_bias"] = np.full((), -1e4, np.float32)
+
+    path = tmp_path / "model.safetensors"
+    edit_tensors(path, older)
+    assert "h.0.attn.c_attn.weight" in safetensors.numpy.load_file(path)
+    assert_same(hf.load(tmp_path).params, params)
+    edit_tensors(path, lambda t: t.update({"h.2.attn.c_attn.bias": np.ones(24, np.float32)}))
+    text = message(hf.load, tmp_path)
+    assert "has a tensor h.2.attn.c_attn.bias, which GPT2LMHeadModel does not use" in text
 
 
 def test_converts_as_asked(tmp_path: Path) -> None:
@@ -204,14 +276,15 @@ def test_eos_ids(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "LlamaForCausalLM"]),
-        ({"architectures": None, "model_type": "gpt2"}, ["gpt2", "LlamaForCausalLM"]),
+        ({"architectures": ["FalconForCausalLM"]}, ["FalconForCausalLM", "LlamaForCausalLM"]),
+        ({"architectures": None, "model_type": "falcon"}, ["falcon", "LlamaForCausalLM"]),
         ({"architectures": "LlamaForCausalLM"}, ["architectures"]),
-        ({"model_type": "mistral"}, ["mistral", "llama"]),
+        ({"model_type": "mistral"}, ["model_type 'mistral'", "'llama' for LlamaForCausalLM"]),
         ({"attention_bias": True}, ["attention_bias", "True", "False"]),
         ({"mlp_bias": True}, ["mlp_bias", "True", "False"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
-        ({"quantization_config": {"bits": 4}}, ["quantization_config", "bits", "None"]),
+        ({"quantization_config": {"bits": 4}}, ["quantization_config", "bits", "float16"]),
+        ({"quantization_config": {"quant_method": "fp8"}}, ["quantization_config, 'fp8'"]),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, ["yarn", "llama3"]),
         ({"rope_scaling": {"rope_type": "llama3"}}, ["low_freq_factor", "None", "positive"]),
         ({"rope_scaling": 2.0}, ["rope_scaling", "2.0", "object"]),
@@ -243,6 +316,99 @@ def test_refuses_config(saved: Path, changes: dict[str, Any], words: list[str]) 
     edit_json(saved / "config.json", **changes)
     text = message(hf.load, saved)
     assert all(word in text for word in [*words, str(saved)]), text
+
+
+_YARN = {"rope_type": "yarn", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("gpt2", {"activation_function": "relu"}, ["activation_function", "relu", "gelu_new"]),
+        ("gpt2", {"scale_attn_weights": False}, ["scale_attn_weights", "False", "True"]),
+        ("gpt2", {"n_embd": 9}, ["n_embd 9", "4 heads"]),
+        ("gpt2", {"n_layer": "absent"}, ["n_layer", "None", "positive integer"]),
+        ("gemma2", {"use_bidirectional_attention": True}, ["use_bidirectional_attention", "True"]),
+        ("gemma2", {"hidden_activation": "gelu"}, ["'gelu'", "gelu_pytorch_tanh"]),
+        ("gemma2", {"attn_logit_softcapping": -1}, ["attn_logit_softcapping", "-1", "positive"]),
+        ("gemma2", {"layer_types": ["sliding_attention"]}, ["layer_types", "2 layers"]),
+        (
+            "gemma3_text",
+            {"layer_types": ["sliding_attention", "chunked_attention"]},
+            ["chunked_attention", "'full_attention'"],
+        ),
+        ("gemma3_text", {"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
+        ("gemma3_text", {"rope_parameters": {"sliding_attention": _YARN}}, ["yarn", "default"]),
+        ("gemma3_text", {"rope_parameters": {"full_attention": _YARN}}, ["yarn", "llama3"]),
+        ("mistral", {"sliding_window": -1}, ["sliding_window", "-1", "positive integer"]),
+        ("mistral", {"quantization_config": {"quant_method": "awq"}}, ["'awq'", "float16"]),
+        ("mixtral", {"num_local_experts": 0}, ["num_local_experts", "0", "positive integer"]),
+        ("qwen2", {"rope_scaling": _YARN}, ["yarn", "llama3"]),
+        ("qwen2", {"attention_bias": True}, ["attention_bias", "True", "False"]),
+        ("qwen3", {"model_type": "qwen2"}, ["'qwen2'", "'qwen3' for Qwen3ForCausalLM"]),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, ["mlp_only_layers", "[1]", "[]"]),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, ["decoder_sparse_step", "2", "1"]),
+    ],
+)
+def test_refuses_config_of_a_family(
+    tmp_path: Path, family: str, changes: dict[str, Any], words: list[str]
+) -> None:
+    hf.save(tmp_path, OF_FAMILIES[family], random_params(OF_FAMILIES[family]))
+    edit_json(tmp_path / "config.json", **changes)
+    text = message(hf.load_config, tmp_path)
+    assert all(word in text for word in [*words, str(tmp_path)]), text
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "needed"),
+    [
+        ("mistral", {"sliding_window": None}, {"windows": ()}),
+        ("mistral", {"sliding_window": "absent"}, {"windows": (4096,) * 7}),
+        ("mixtral", {"sliding_window": "absent"}, {"windows": ()}),
+        ("mixtral", {"rope_theta": "absent", "rms_norm_eps": "absent"}, {"rope_theta": 1e6}),
+        ("qwen2", {"max_window_layers": 5}, {"windows": (0,) * 5 + (5,) * 2}),
+        ("qwen2", {}, {"windows": ()}),  # all are among the first 28
+        ("qwen2", {"max_window_layers": 5, "use_sliding_window": False}, {"windows": ()}),
+        ("qwen3", {"head_dim": "absent"}, {"head_dim": 128}),
+        ("qwen3_moe", {"norm_topk_prob": "absent"}, {"renormalized_experts": False}),
+        ("qwen3_moe", {"head_dim": "absent"}, {"head_dim": 2}),
+        ("gemma2", {}, {"windows": (5, 0, 5, 0, 5, 0, 5)}),
+        ("gemma2", {"sliding_window": "absent"}, {"windows": (4096, 0) * 3 + (4096,)}),
+        ("gemma2", {"attn_logit_softcapping": "absent"}, {"attention_softcap": 50.0}),
+        ("gemma2", {"final_logit_softcapping": "absent"}, {"logit_softcap": 30.0}),
+        ("gemma2", {"attn_logit_softcapping": None}, {"attention_softcap": None}),
+        ("gemma2", {"query_pre_attn_scalar": "absent"}, {"attention_scale": 1 / 16}),
+        ("gemma2", {"tie_word_embeddings": "absent"}, {"tie_embeddings": True}),
+        ("gemma2", {"hidden_activation": None, "hidden_act": "gelu"}, {}),  # has another meaning
+        ("gemma3_text", {}, {"windows": (5, 5, 5, 5, 5, 0, 5), "local_rope_theta": 700.0}),
+        ("gemma3_text", {"sliding_window_pattern": 3}, {"windows": (5, 5, 0, 5, 5, 0, 5)}),
+        ("gemma3_text", {"rope_local_base_freq": "absent"}, {"local_rope_theta": 1e4}),
+        ("gemma3_text", {"rope_theta": "absent"}, {"rope_theta": 1e6}),
+        ("gemma3_text", {"final_logit_softcapping": "absent"}, {"logit_softcap": None}),
+        ("gpt2", {"n_inner": None}, {"intermediate_size": 32}),
+        ("gpt2", {"n_positions": "absent"}, {"max_position_embeddings": 1024}),
+        ("gpt2", {"tie_word_embeddings": "absent"}, {"tie_embeddings": True}),
+    ],
+)
+def test_defaults_of_an_old_config_of_a_family(
+    tmp_path: Path, family: str, changes: dict[str, Any], needed: dict[str, Any]
+) -> None:
+    """What transformers took where a key lacks, with 7 layers."""
+    hf.save(tmp_path, OF_FAMILIES[family], random_params(OF_FAMILIES[family]))
+    depth = "n_layer" if family == "gpt2" else "num_hidden_layers"
+    edit_json(tmp_path / "config.json", **{depth: 7, "layer_types": "absent"} | changes)
+    config = hf.load_config(tmp_path)
+    assert {name: getattr(config, name) for name in needed} == needed
+
+
+def test_a_model_must_make_sense() -> None:
+    for changes, words in (
+        ({"family": "falcon"}, ["'falcon'", "llama"]),
+        ({"windows": (5,)}, ["1 windows for 2 layers"]),
+        ({"num_experts": 4, "num_experts_per_token": 5}, ["5 of 4 experts", "1 to all"]),
+    ):
+        text = message(transformer, dataclasses.replace(CONFIG, **changes))
+        assert all(word in text for word in words), text
 
 
 # ----------------------------------------------------------------------------- damaged directories

@@ -30,6 +30,8 @@ WITH_WINDOWS = ("mistral", "qwen2_window", "gemma2", "gemma3", "gemma3_linear_ro
 
 
 class Golden(NamedTuple):
+    """A model of a directory, and what transformers says of it."""
+
     name: str
     found: hf.Checkpoint
     expected: parity.Expected
@@ -40,13 +42,10 @@ def grouped(names: Any) -> list[Any]:
     return [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
 
 
-def read(name: str) -> Golden:
-    return Golden(name, hf.load(GOLDEN / name), parity.read_expected(GOLDEN / name))
-
-
 @pytest.fixture(scope="module", params=grouped(CONFIG.variants))
 def golden(request: pytest.FixtureRequest) -> Golden:
-    return read(request.param)
+    directory = GOLDEN / request.param
+    return Golden(request.param, hf.load(directory), parity.read_expected(directory))
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +96,9 @@ def test_tree(golden: Golden, one_by_one: tuple[Array, Cache]) -> None:
     assert parity.largest(by_level, expected.node_logits) < TOLERANCE
 
 
+# These two have all that attention can be asked for.
+@pytest.mark.parametrize("golden", grouped(["mistral", "gemma2"]), indirect=True)
 def test_tree_without_kernels(golden: Golden, one_by_one: tuple[Array, Cache]) -> None:
-    if golden.name not in ("mistral", "gemma2"):
-        pytest.skip("these two have all that attention can be asked for")
     with native.disabled():
         test_tree(golden, one_by_one)
 
@@ -112,10 +111,9 @@ def test_bfloat16(golden: Golden) -> None:
     assert record["bfloat16"] > 0.01, "nothing was rounded"
 
 
-@pytest.mark.parametrize("name", grouped(["llama", "mixtral", "gemma2", "gpt2"]))
-def test_weights_in_bfloat16(name: str) -> None:
-    _, found, expected = read(name)
-    record = parity.differences_by_weights(found, expected)
+@pytest.mark.parametrize("golden", grouped(["llama", "mixtral", "gemma2", "gpt2"]), indirect=True)
+def test_weights_in_bfloat16(golden: Golden) -> None:
+    record = parity.differences_by_weights(golden.found, golden.expected)
     assert max(record.values()) < TOLERANCE, record
 
 

@@ -177,7 +177,7 @@ def _windows(raw: dict[str, Any], path: Path, family: str, num_layers: int) -> t
             f"{path} gives layer_types as {kinds!r:.80}; need {_SLIDING!r} or {_FULL!r} for each "
             f"of {num_layers} layers."
         )
-    return tuple(window if kind == _SLIDING else 0 for kind in kinds)
+    return tuple(window if kind == _SLIDING else 0 for kind in kinds) if _SLIDING in kinds else ()
 
 
 def _layer_types(raw: dict[str, Any], path: Path, family: str, num_layers: int) -> list[str]:
@@ -230,6 +230,7 @@ def _local_theta(raw: dict[str, Any], path: Path) -> float:
     """Of Gemma 3's layers with a window."""
     both = raw.get("rope_parameters") or {}
     local = both.get(_SLIDING) or {} if isinstance(both, dict) else {}
+    _check_fixed(local, path, {"rope_type": "default"})
     return _positive(
         local, "rope_theta", path, _positive(raw, "rope_local_base_freq", path, 10000.0)
     )

@@ -149,7 +149,7 @@ _TABLES = {
     },
 }
 # Of a checkpoint's tensors that are no parameters.
-IGNORED = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
+IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
 assert _TABLES.keys() == FAMILIES.keys()
 

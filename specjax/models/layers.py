@@ -225,13 +225,13 @@ class MLP(nn.Module):
     def __call__(self, x: Array, norm: AnyNorm, post: AnyNorm | None = None) -> Array:
         width, inner = x.shape[-1], self.intermediate_size
         normal, zeros = nn.initializers.normal, nn.initializers.zeros
-        up = self.param("up_proj", normal(0.02), (inner, width), self.dtype)
+        names = ("gate_proj", "up_proj") if self.gated else ("up_proj",)
+        ups = [self.param(name, normal(0.02), (inner, width), self.dtype) for name in names]
         down = self.param("down_proj", normal(self.out_std), (width, inner), self.dtype)
         if self.gated:
-            gate = self.param("gate_proj", normal(0.02), (inner, width), self.dtype)
-            y = gated(x, gate, up, norm, self.activation)
+            y = gated(x, ups[0], ups[1], norm, self.activation)
         else:
-            y = linear(x, up, norm=norm)
+            y = linear(x, ups[0], norm=norm)
             if "up_proj" in self.biases:
                 y = y + self.param("up_proj_bias", zeros, (inner,), self.dtype)
             y = ACTIVATIONS[self.activation](y)
