@@ -343,6 +343,7 @@ def _libraries() -> tuple[Any, Any]:
             f"This comparison needs PyTorch and transformers ({error}); "
             "install them with: pip install 'specjax[parity]'"
         ) from error
+    torch.set_num_threads(1)  # others would be waited for longer than tiny models take
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return torch, transformers

@@ -1,5 +1,6 @@
 """`specjax.load` and `specjax.generate`: one text per prompt and seed, whatever made it faster."""
 
+import dataclasses
 import functools
 import json
 import logging
@@ -22,7 +23,8 @@ from specjax.drafters import corpus as corpora
 from specjax.drafters import grow
 from specjax.drafters.lookup import lookup
 from specjax.drafters.model import model as model_drafter
-from specjax.models.transformer import forward
+from specjax.models import hf
+from specjax.models.transformer import forward, transformer
 from specjax.types import Array
 
 PROMPTS = [
@@ -324,7 +326,7 @@ def test_a_similar_call_compiles_nothing(
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         second = specjax.generate(
             model,
-            [longer, "y", PROMPTS[0], PROMPTS[3]],
+            [longer, "y", PROMPTS[0], PROMPTS[1]],
             "ngram",
             max_new_tokens=[9, 10, 11, 30],
             temperature=0.0,
@@ -425,3 +427,64 @@ def test_load_refuses(tmp_path: Path) -> None:
     refused(lambda: specjax.load(saved), "MambaForCausalLM.*supported: LlamaForCausalLM, Mistral")
     path.write_text(json.dumps(raw | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
     refused(lambda: specjax.load(saved), "quantization_config, 'gptq'; need weights in float32")
+
+
+# --------------------------------------------------------------------------------- other families
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> specjax.LanguageModel:
+    """Like Gemma 2, of windows shorter than a draft's tree is deep."""
+    path = tmp_path_factory.mktemp("windowed")
+    save_model(path / "llama", num_layers=2)
+    config = dataclasses.replace(
+        hf.load_config(path / "llama"),
+        family="gemma2",
+        windows=(3, 0),
+        attention_scale=0.3,
+        attention_softcap=4.0,
+        logit_softcap=6.0,
+    )
+    params = jax.jit(transformer(config).init)(jax.random.key(0))
+    hf.save(path / "model", config, jax.tree.map(lambda x: 6 * x if x.ndim > 1 else x, params))
+    shutil.copy(path / "llama" / "tokenizer.json", path / "model")
+    return specjax.load(path / "model")
+
+
+@pytest.mark.parametrize(
+    ("drafter", "options"),
+    [
+        ("lookup", presets.DEFAULTS),
+        pytest.param("recycling", presets.DEFAULTS, marks=pytest.mark.slow),
+        ("streaming", presets.DEFAULTS),
+        pytest.param(
+            "layer_skip",
+            presets.Options(layers=(0,), tree=(-1, 0, 0, 1, 1, 2)),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_windows_hide_the_same_from_every_draft(
+    windowed: specjax.LanguageModel, drafter: str, options: presets.Options
+) -> None:
+    plain = specjax.generate(windowed, PROMPTS, None, **LAWS)
+    found = specjax.generate(windowed, PROMPTS, drafter, **LAWS, options=options)
+    for i, prompt in enumerate(PROMPTS):
+        assert_same(windowed, prompt, i, found.tokens[i], plain.tokens[i])
+    # And plain decoding's own choice is that of one pass over the whole text.
+    whole = np.concatenate([windowed.encode(PROMPTS[0]), plain.tokens[0]])
+    logits = logits_of(windowed, whole)[-len(plain.tokens[0]) - 1 : -1]
+    assert jnp.argmax(logits, -1).tolist() == plain.tokens[0]
+
+
+def test_attention_within_windows_is_not_told(windowed: specjax.LanguageModel) -> None:
+    spec = {
+        "call": "specjax.drafters.sparse.sparse",
+        "target": "@target",
+        "view": {
+            "call": "specjax.drafters.sparse.snapkv",
+            **{"budget": 4, "window": 4, "refresh": 8},
+        },
+        "build": "@build",
+    }
+    refused(lambda: windowed.decoder(spec), "pass a whole transformer without windows")
