@@ -141,7 +141,7 @@ class Statistics(NamedTuple):
     seconds_compile: float  # 0 where all was compiled already
     tokens_per_second: float  # after the first steps
     tokens_per_pass: float
-    acceptance_rate: float  # accepted / drafted
+    acceptance_rate: float  # accepted / drafted; fillers may be right by chance
 
 
 class Generation(NamedTuple):

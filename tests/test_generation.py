@@ -113,7 +113,7 @@ def test_a_text_depends_on_prompt_seed_and_law_alone(
     """Greedy and sampled rows, in one batch or in two, by any drafter."""
     options = presets.DEFAULTS
     if drafter in ("reference", "retrieval", "suffix"):
-        tokens = [np.arange(300, dtype=np.int32)]
+        tokens = [np.array(each.tokens[0], np.int32) for each in alone]
         fingerprint = corpora.fingerprint(model.checkpoints.tokenizer.get_vocab())
         corpora.save(corpora.corpus(tokens, 300, tokenizer=fingerprint), tmp_path / "corpus")
         options = presets.Options(corpus=str(tmp_path / "corpus"))
