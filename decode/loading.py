@@ -14,7 +14,7 @@ ratios to reading in the same round, beside which stands the ratio of the median
 files. Peaks are the largest, of the memory by which a process grows, beside the model's own and
 that with its largest tensor; they are known on Linux only.
 
-Writes results.json, table.md and results.png into `config.output`.
+Writes results.json, results.md and results.png into `config.output`.
 """
 
 import json
@@ -205,9 +205,9 @@ def _write(c: ConfigDict, directory: Path, records: list[dict[str, Any]], consol
     lines = [title, "", "| " + " | ".join(header) + " |"]
     lines += ["| --- |" + " ---: |" * (len(header) - 1)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
-    (output / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (output / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     plots.loading(records, output / "results.png")
-    console.print(f"Written to {output}: results.json, table.md, results.png", highlight=False)
+    console.print(f"Written to {output}: results.json, results.md, results.png", highlight=False)
 
 
 if __name__ == "__main__":
