@@ -223,7 +223,7 @@ def test_script(tmp_path: Path) -> None:
         assert r["seconds"] > 0
         assert r["ratio"] == pytest.approx(r["ratio_of_medians"]), "of one round"
         assert (r["peak_bytes"] is not None) == Path("/proc/self/status").is_file()
-    page = (tmp_path / "table.md").read_text()
+    page = (tmp_path / "results.md").read_text()
     assert all(page.count(f"| {way} |") == 1 for way in loading.WAYS)
     assert (tmp_path / "results.png").stat().st_size > 1000
 

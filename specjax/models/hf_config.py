@@ -169,7 +169,8 @@ def _windows(raw: dict[str, Any], path: Path, family: str, num_layers: int) -> t
     if family == "llama" or raw.get("sliding_window", default) is None:
         return ()
     window = _positive_int(raw, "sliding_window", path, default)
-    kinds = raw.get("layer_types")
+    # Elsewhere transformers does not read the key.
+    kinds = raw.get("layer_types") if family in ("qwen2", "qwen3", *_GEMMAS) else None
     if kinds is None:
         kinds = _layer_types(raw, path, family, num_layers)
     if not isinstance(kinds, list) or len(kinds) != num_layers or {*kinds} - {_SLIDING, _FULL}:
