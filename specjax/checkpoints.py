@@ -80,9 +80,11 @@ def load(
         if hf_heads.kind(directory) != "model":
             hf.check_same_tokens(target, directory)
     tokenizer = tokenizers.load(target)
-    if tokenizer.get_vocab_size() > config.vocab_size:
+    # Added tokens may lie beyond: Gemma 3's tokenizer has one for images, its text models do not.
+    num_tokens = tokenizer.get_vocab_size(with_added_tokens=False)
+    if num_tokens > config.vocab_size:
         raise ValueError(
-            f"{target} has {tokenizer.get_vocab_size()} tokens in tokenizer.json but a model of "
+            f"{target} has {num_tokens} tokens in tokenizer.json but a model of "
             f"{config.vocab_size}; need a tokenizer of this model."
         )
     found, context = {}, config.max_position_embeddings
@@ -189,7 +191,8 @@ def _own_ids(
     is_same = draft.vocab_size == vocab_size and of_draft.get_vocab_size() == len(common)
     if is_same and (common == np.arange(len(common))).all():
         return None
-    ids = np.full(vocab_size, -1)  # the table may have more rows than there are tokens
+    ids = np.full(vocab_size, -1)  # the table may have more rows than there are tokens, or fewer
+    common = common[:vocab_size]
     ids[: len(common)] = np.where(common < draft.vocab_size, common, -1)
     return ids
 

@@ -89,32 +89,34 @@ class LanguageModel:
             params = params._replace(drafter=drafter_params)
         return decoder, params
 
-    def encode(self, prompt: Prompt) -> np.ndarray:
+    def encode(self, prompt: Prompt, template_variables: Mapping[str, Any] = {}) -> np.ndarray:
         """A prompt's tokens [T]: of a text, of a conversation by the chat template, or as given.
 
         Raises:
-            ValueError: an empty prompt, a conversation without a template for it.
+            ValueError: an empty prompt, a conversation without a template for it, tokens that the
+                model does not have.
         """
         if isinstance(prompt, str):
-            return prompts.encode([prompt], self.checkpoints.tokenizer)[0]
+            return self._known(prompts.encode([prompt], self.checkpoints.tokenizer)[0])
         if not len(prompt):
             raise ValueError("A prompt is empty; need at least one token or message.")
         if not isinstance(prompt[0], Mapping):
-            return self._tokens(prompt)
+            return self._known(np.asarray(prompt))
         if self.template is None:
             raise ValueError(
                 f"{self.directory} has no chat template but got {len(prompt)} message(s); need a "
                 "prompt of text, or a chat_template.jinja there."
             )
-        text = self.template.render(prompt)  # type: ignore[arg-type]
+        text = self.template.render(prompt, **template_variables)  # type: ignore[arg-type]
         encoded = self.checkpoints.tokenizer.encode(text, add_special_tokens=False)
-        return np.asarray(encoded.ids, np.int32)
+        return self._known(np.asarray(encoded.ids))
 
-    def _tokens(self, prompt: Any) -> np.ndarray:
-        tokens = np.asarray(prompt)
+    def _known(self, tokens: np.ndarray) -> np.ndarray:
         size = self.checkpoints.target.vocab_size
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-            raise ValueError(f"A prompt is {prompt!r:.60}; need text, token ids or messages.")
+            raise ValueError(
+                f"A prompt is {tokens.tolist()!r:.60}; need text, token ids or messages."
+            )
         if tokens.min() < 0 or tokens.max() >= size:
             raise ValueError(
                 f"A prompt has token ids {tokens.min()} to {tokens.max()}; need ids below {size}."
@@ -200,6 +202,7 @@ def generate(
     on_batch: Callable[[int, Generation], None] | None = None,
     batch_size: int = 8,
     steps_per_call: int = 0,
+    template_variables: Mapping[str, Any] = {},
     options: presets.Options = presets.DEFAULTS,
     drafter_params: PyTree = (),
     **specs: Any,
@@ -226,6 +229,7 @@ def generate(
         batch_size: rows decoded at once, at most.
         steps_per_call: steps between two looks at the text, if `stream` or `stop` needs any;
             0 is 2 for `stream` and 8 for `stop`.
+        template_variables: what a chat template reads besides messages, such as `tools`.
         options, drafter_params, specs: see `presets.decoder`.
 
     Raises:
@@ -249,7 +253,8 @@ def generate(
     seeds = _each("seed", seed, len(given), 0)
     firsts = _each("first_sample", first_sample, len(given), 0)
     # From here on every sample is a row of its own.
-    encoded = [tokens for tokens in map(model.encode, given) for _ in range(num_samples)]
+    encoded = [model.encode(prompt, template_variables) for prompt in given]
+    encoded = [tokens for tokens in encoded for _ in range(num_samples)]
     laws = tuple(np.repeat(law, num_samples) for law in laws)
     limits, seeds = np.repeat(limits, num_samples), np.repeat(seeds, num_samples)
     samples = (firsts[:, None] + np.arange(num_samples)).reshape(-1)

@@ -196,6 +196,18 @@ def test_tokens_are_prompts_too(model: specjax.LanguageModel) -> None:
         assert specjax.generate(model, prompt, None, max_new_tokens=5).tokens == text.tokens
 
 
+def test_a_tokenizer_may_have_a_token_more(model: specjax.LanguageModel, tmp_path: Path) -> None:
+    """As Gemma 3's has for images. Whoever writes it is told."""
+    saved = tmp_path / "model"
+    shutil.copytree(model.directory, saved)
+    tokenizer = tokenizers.load(saved)
+    tokenizer.add_special_tokens(["<image>"])
+    tokenizers.save(tokenizer, saved)
+    longer = specjax.load(saved)
+    assert longer.encode("x").tolist() == model.encode("x").tolist()
+    refused(lambda: longer.encode("x<image>"), "token ids .* to 300; need ids below 300")
+
+
 # ------------------------------------------------------------------------------------ where it ends
 
 
@@ -308,6 +320,8 @@ def test_conversations_go_through_the_template(
     assert found.tokens == several.tokens
     assert found.tokens == specjax.generate(model, text, None, max_new_tokens=6).tokens
     assert 0 in talker.encode(conversation)  # the special token, not its characters
+    shouted = talker.encode(conversation, {"eos_token": "!"})
+    assert shouted.tolist() == model.encode(text.replace(end, "!")).tolist()
     refused(
         lambda: specjax.generate(model, conversation),
         r"target has no chat template but got 3 message\(s\); need a prompt of text",

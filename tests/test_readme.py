@@ -33,9 +33,23 @@ def test_a_drafter_is_added_and_certified() -> None:
     assert len(section.strip().splitlines()) < 60
 
 
-def test_the_library_is_used_as_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_five_lines_make_a_model_faster(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.chdir(ROOT)
     names: dict[str, Any] = {}
-    for code in blocks("Use"):
+    (code,) = blocks("Use")
+    assert len(code.splitlines()) <= 5
+    exec(code, names)
+    same, fast, plain = capsys.readouterr().out.split()
+    assert same == "True"
+    assert float(fast) > float(plain)
+    assert names["fast"].statistics.tokens_per_pass > 1.4
+
+
+def test_parts_are_put_together_as_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    names: dict[str, Any] = {}
+    for code in blocks("Parts"):
         exec(code, names)
     assert names["state"].context.length.tolist() == [64, 48]
