@@ -37,9 +37,16 @@ class Golden(NamedTuple):
     expected: parity.Expected
 
 
+SLOW = ("llama_ungrouped", "qwen2_window", "gemma3_linear_rope")  # others stand for these
+
+
 def grouped(names: Any) -> list[Any]:
     """So that a worker compiles all that a model needs."""
-    return [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
+    slow = {True: [pytest.mark.slow], False: []}
+    return [
+        pytest.param(name, marks=[pytest.mark.xdist_group(name), *slow[name in SLOW]])
+        for name in names
+    ]
 
 
 @pytest.fixture(scope="module", params=grouped(CONFIG.variants))
