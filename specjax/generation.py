@@ -67,22 +67,21 @@ class LanguageModel:
         verifier: str | Verifier = "match",
         is_greedy: bool = False,
         options: presets.Options = presets.DEFAULTS,
+        drafters: Mapping[str, Any] = presets.DRAFTERS,
+        weights: Mapping[str, Any] = presets.WEIGHTS,
         drafter_params: PyTree = (),
-        **specs: Any,
     ) -> tuple[Decoder, Params]:
         """The decoder of a request and its weights; arguments as for `presets.decoder`."""
         drafter = "none" if drafter is None else drafter
         if isinstance(drafter, Drafter):
             key: Any = drafter, verifier
         else:
-            _, spec = presets.named(
-                drafter, self.checkpoints.drafts, specs.get("drafters", presets.DRAFTERS)
-            )
+            name, spec = presets.named(drafter, self.checkpoints.drafts, drafters)
             is_greedy &= mentions(spec, "build")  # others draft the same for all rows
-            key = repr((drafter, verifier, is_greedy, options, specs))
+            key = repr((spec, verifier, is_greedy, options, weights.get(name)))
         if key not in self._decoders:
             self._decoders[key] = presets.decoder(
-                self.checkpoints, drafter, verifier, is_greedy, options, **specs
+                self.checkpoints, drafter, verifier, is_greedy, options, drafters, weights
             )
         decoder, params = self._decoders[key]
         if isinstance(drafter, Drafter):
@@ -204,8 +203,9 @@ def generate(
     steps_per_call: int = 0,
     template_variables: Mapping[str, Any] = {},
     options: presets.Options = presets.DEFAULTS,
+    drafters: Mapping[str, Any] = presets.DRAFTERS,
+    weights: Mapping[str, Any] = presets.WEIGHTS,
     drafter_params: PyTree = (),
-    **specs: Any,
 ) -> Generation:
     """Continues prompts.
 
@@ -230,7 +230,7 @@ def generate(
         steps_per_call: steps between two looks at the text, if `stream` or `stop` needs any;
             0 is 2 for `stream` and 8 for `stop`.
         template_variables: what a chat template reads besides messages, such as `tools`.
-        options, drafter_params, specs: see `presets.decoder`.
+        options, drafters, weights, drafter_params: see `presets.decoder`.
 
     Raises:
         ValueError: a prompt that is empty or does not fit the context, parameters out of range or
@@ -263,7 +263,8 @@ def generate(
     batches = prompts.batches(encoded, at_once, limits, model.context)
     max_length = prompts.max_length(batches)
     is_greedy = bool((laws[0] == 0).all())
-    decoder, params = model.decoder(drafter, verifier, is_greedy, options, drafter_params, **specs)
+    specs = drafters, weights, drafter_params
+    decoder, params = model.decoder(drafter, verifier, is_greedy, options, *specs)
 
     def prefill(batch: prompts.Batch, length: np.ndarray) -> _Progress:
         which = np.minimum(batch.which, len(encoded) - 1)

@@ -49,7 +49,7 @@ def method(drafter: dict, verifier: dict, temperatures: tuple[float, ...]) -> di
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.target = "checkpoints/target"
-    c.drafts = {name: f"checkpoints/{name}" for name in ("draft", *HEADS)}  # "@draft" above
+    c.drafts = {name: f"checkpoints/{name}" for name in ("draft", *HEADS)}  # by name
     c.dtype = "auto"
     c.cache_dtype = "auto"
     c.output = "runs/demo"

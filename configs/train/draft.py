@@ -58,7 +58,7 @@ def get_config() -> ConfigDict:
     c.sequence_length = 256
     c.batch_size = 16
     c.accumulate = 4  # microbatches of a step, small enough for a CPU's cache
-    c.num_steps = 3910  # 16M tokens
+    c.num_steps = 3910  # of batch_size rows each
     c.optimizer = MUON
     c.dtype = "bfloat16"  # of activations; parameters, laws, optimizer are float32 anyway
     c.mesh = {"data": -1}  # "fsdp" and "tensor" too; -1: the devices that are left
