@@ -1,4 +1,4 @@
-"""Settings of every test: the CPU, full precision, and a compiler that does not try too hard."""
+"""Settings of every test: the CPU, full precision, and a compiler that does not try hard."""
 
 import os
 
@@ -7,9 +7,9 @@ import pytest
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_default_matmul_precision", "highest")
-# A third less compile time, which is most of the time here. LLVM's effort only: XLA's own passes,
-# on which the laws about copies depend, stay as they are. Read when the backend starts.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
+# Half the compile time, which is most of the time here. LLVM's effort only: XLA's own passes, on
+# which the laws about copies depend, stay as they are. Read when the backend starts.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
 
 def pytest_configure(config: pytest.Config) -> None:

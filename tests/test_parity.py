@@ -103,8 +103,8 @@ def test_tree(golden: Golden, one_by_one: tuple[Array, Cache]) -> None:
     assert parity.largest(by_level, expected.node_logits) < TOLERANCE
 
 
-# These two have all that attention can be asked for.
-@pytest.mark.parametrize("golden", grouped(["mistral", "gemma2"]), indirect=True)
+# It has all that attention can be asked for.
+@pytest.mark.parametrize("golden", grouped(["gemma2"]), indirect=True)
 def test_tree_without_kernels(golden: Golden, one_by_one: tuple[Array, Cache]) -> None:
     with native.disabled():
         test_tree(golden, one_by_one)
@@ -118,7 +118,7 @@ def test_bfloat16(golden: Golden) -> None:
     assert record["bfloat16"] > 0.01, "nothing was rounded"
 
 
-@pytest.mark.parametrize("golden", grouped(["llama", "mixtral", "gemma2", "gpt2"]), indirect=True)
+@pytest.mark.parametrize("golden", grouped(["mixtral", "gemma2"]), indirect=True)
 def test_weights_in_bfloat16(golden: Golden) -> None:
     record = parity.differences_by_weights(golden.found, golden.expected)
     assert max(record.values()) < TOLERANCE, record
