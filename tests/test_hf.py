@@ -1,6 +1,7 @@
 """Hugging Face directories: round trips, every error line, interrupted saves."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -60,6 +61,7 @@ OF_FAMILIES = {
 }
 
 
+@functools.cache
 def random_params(config: TransformerConfig, dtype: Any = jnp.float32, seed: int = 0) -> PyTree:
     """The model's own tree of parameters, filled without compiling its `init`."""
     rng = np.random.default_rng(seed)
