@@ -32,9 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from specjax import plots, scripts
 from specjax.models import hf
@@ -196,15 +194,7 @@ def _write(c: ConfigDict, directory: Path, records: list[dict[str, Any]], consol
         row += [f"{r['at_most']:g}" if r["at_most"] else "", f"{peak / 1e9:.3f}" if peak else "-"]
         row += [f"{x / 1e9:.3f}" for x in (model, model + r["largest_tensor_bytes"])]
         rows.append(row)
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
-    for i, name in enumerate(header):
-        table.add_column(name, justify="right" if i else "left")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    lines = [title, "", "| " + " | ".join(header) + " |"]
-    lines += ["| --- |" + " ---: |" * (len(header) - 1)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    lines = [title, "", *scripts.table(header, rows, console, title)]
     (output / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     plots.loading(records, output / "results.png")
     console.print(f"Written to {output}: results.json, results.md, results.png", highlight=False)

@@ -44,6 +44,7 @@ from rich.console import Console
 from rich.table import Table
 
 import specjax
+from decode import transformers_peer
 from specjax import cache as caches
 from specjax import plots, scripts, trees
 from specjax.models import hf
@@ -335,17 +336,8 @@ def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
 
 
 def _libraries() -> tuple[Any, Any]:
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise ValueError(
-            f"This comparison needs PyTorch and transformers ({error}); "
-            "install them with: pip install 'specjax[parity]'"
-        ) from error
+    torch, transformers = transformers_peer.libraries()
     torch.set_num_threads(1)  # others would be waited for longer than tiny models take
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     return torch, transformers
 
 

@@ -29,12 +29,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from decode import transformers_peer
-from specjax import engine, plots, prompts, sampling
+from specjax import engine, plots, prompts, sampling, scripts
 from specjax.drafters.none import none
 from specjax.kernels import native
 from specjax.kernels.linear import Weights, linear, quantize
@@ -292,7 +290,7 @@ def _write(c: ConfigDict, records: list[dict[str, Any]], console: Console) -> No
     if products:
         lines += ["", "Milliseconds of a product", ""]
         rows = [[f"{r['shape']}", r["variant"], f"{r['milliseconds']:.3f}"] for r in products]
-        lines += _rows(["rows, outputs, inputs", "variant", "ms"], rows, console, lines[-2])
+        lines += scripts.table(["rows, outputs, inputs", "variant", "ms"], rows, console, lines[-2])
     (output / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     plots.passes([r for r in records if r["what"] == "pass"], output / "results.png")
     console.print(f"Written to {output}: results.json, results.md, results.png", highlight=False)
@@ -314,16 +312,4 @@ def _table(
         share = read / decoding["read_gigabytes_per_second"]
         cells += [f"{read:.1f}", f"{100 * share:.0f} %"] if first else ["", ""]
         rows.append([*cells, f"{decoding['milliseconds']:.2f}"])
-    return _rows(header, rows, console, title)
-
-
-def _rows(header: list[str], rows: list[list[str]], console: Console, title: str) -> list[str]:
-    """Prints a table; returns it in Markdown."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
-    for i, name in enumerate(header):
-        table.add_column(name, justify="right" if i else "left")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+    return scripts.table(header, rows, console, title)

@@ -72,8 +72,12 @@ def lookup(
     return _peer("lookup", target_directory, "", batches, options)
 
 
-@functools.cache
-def _load(directory: str, dtype: str) -> Any:
+def libraries() -> tuple[Any, Any]:
+    """PyTorch and transformers, which is silent from then on.
+
+    Raises:
+        ValueError: they are not there.
+    """
     try:
         import torch
         import transformers
@@ -84,6 +88,12 @@ def _load(directory: str, dtype: str) -> Any:
         ) from error
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    return torch, transformers
+
+
+@functools.cache
+def _load(directory: str, dtype: str) -> Any:
+    torch, transformers = libraries()
     model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=getattr(torch, dtype)
     )

@@ -23,6 +23,7 @@ from specjax.types import (
     ModelOutput,
     Outcome,
     Params,
+    PyTree,
     Sampling,
     StepInfo,
     Verdict,
@@ -232,16 +233,34 @@ def advance(
     decoder: Decoder, params: Params, state: DecodeState, num_steps: int | Array
 ) -> DecodeState:
     """Steps until every row is done, at most `num_steps` times. Consumes the state."""
+    return steps(decoder, params, state, num_steps, (), lambda memory, old, info: memory)[0]
 
-    def unfinished(carry: tuple[Array, DecodeState]) -> Array:
-        i, state = carry
+
+def steps(
+    decoder: Decoder,
+    params: Params,
+    state: DecodeState,
+    num_steps: int | Array,
+    memory: PyTree,
+    remember: Callable,
+) -> tuple[DecodeState, PyTree]:
+    """The loop of `advance`, not compiled, with a memory of what its steps did.
+
+    Args:
+        memory: anything.
+        remember: (memory, the state before a step, its StepInfo) -> memory.
+    """
+
+    def unfinished(carry: tuple[Array, DecodeState, PyTree]) -> Array:
+        i, state, _ = carry
         return (i < num_steps) & ~state.done.all()
 
-    def step(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
-        i, state = carry
-        return i + 1, decoder.step(params, state)[0]
+    def step(carry: tuple[Array, DecodeState, PyTree]) -> tuple[Array, DecodeState, PyTree]:
+        i, old, memory = carry
+        state, info = decoder.step(params, old)
+        return i + 1, state, remember(memory, old, info)
 
-    return lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
+    return lax.while_loop(unfinished, step, (jnp.int32(0), state, memory))[1:]
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "max_length"))

@@ -19,7 +19,6 @@ import flax.struct as struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from numpy.typing import ArrayLike
 
 from specjax import cache as caches
@@ -278,7 +277,7 @@ def generate(
             jnp.asarray(batch.limit),
             max_length,
         )
-        return _start(state, logprobs)
+        return state, _nothing_yet(at_once, max_length, logprobs)
 
     seconds_compile = 0.0
     program = decoder, batches[0].tokens.shape, max_length, logprobs
@@ -300,7 +299,7 @@ def generate(
         after = time.perf_counter()
         at_first = int(_num_tokens(progress, batch).sum())
         progress = _written(progress, batch, writers, stream)
-        while not bool(progress.state.done.all()):
+        while not bool(progress[0].done.all()):
             progress = _advance(decoder, params, progress, steps)
             progress = _written(progress, batch, writers, stream)
         seconds = time.perf_counter() - after
@@ -353,10 +352,9 @@ def _keys(seeds: np.ndarray, samples: np.ndarray) -> Array:
 
 
 @struct.dataclass
-class _Progress:
-    """A state and what is remembered of the steps that led to it."""
+class _Memory:
+    """What is remembered of the steps that led to a state."""
 
-    state: DecodeState
     num_drafted: Array  # [B] int32
     # Of the token at each position, and of the likeliest there; without any positions if nobody
     # asked.
@@ -365,14 +363,15 @@ class _Progress:
     top: Array  # [B, S or 0, k] float32
 
 
-@functools.partial(jax.jit, static_argnames="logprobs")
-def _start(state: DecodeState, logprobs: int | None) -> _Progress:
-    b, s = state.context.tokens.shape
-    shape = (b, 0 if logprobs is None else s)
+_Progress = tuple[DecodeState, _Memory]
+
+
+@functools.partial(jax.jit, static_argnames=("batch_size", "max_length", "logprobs"))
+def _nothing_yet(batch_size: int, max_length: int, logprobs: int | None) -> _Memory:
+    shape = (batch_size, 0 if logprobs is None else max_length)
     tops = (*shape, logprobs or 0)
-    return _Progress(
-        state,
-        jnp.zeros([b], jnp.int32),
+    return _Memory(
+        jnp.zeros([batch_size], jnp.int32),
         jnp.zeros(shape, jnp.float32),
         jnp.zeros(tops, jnp.int32),
         jnp.zeros(tops, jnp.float32),
@@ -384,34 +383,23 @@ def _advance(
     decoder: Decoder, params: Params, progress: _Progress, num_steps: int | Array
 ) -> _Progress:
     """As `engine.advance`, remembering what was asked for."""
-
-    def unfinished(carry: tuple[Array, _Progress]) -> Array:
-        i, progress = carry
-        return (i < num_steps) & ~progress.state.done.all()
-
-    def step(carry: tuple[Array, _Progress]) -> tuple[Array, _Progress]:
-        i, progress = carry
-        state, info = decoder.step(params, progress.state)
-        return i + 1, _remembered(progress, state, info)
-
-    return lax.while_loop(unfinished, step, (jnp.int32(0), progress))[1]
+    return engine.steps(decoder, params, progress[0], num_steps, progress[1], _remember)
 
 
-def _remembered(progress: _Progress, state: DecodeState, info: StepInfo) -> _Progress:
-    drafted = progress.num_drafted + info.num_drafted
-    new = dataclasses.replace(progress, state=state, num_drafted=drafted)
-    if not progress.logprobs.shape[1]:
-        return new
+def _remember(memory: _Memory, old: DecodeState, info: StepInfo) -> _Memory:
+    memory = dataclasses.replace(memory, num_drafted=memory.num_drafted + info.num_drafted)
+    if not memory.logprobs.shape[1]:
+        return memory
     law = jax.nn.log_softmax(info.logits)
     own = jnp.take_along_axis(law, info.tokens[..., None], -1)[..., 0]
-    ids = largest(law, progress.top.shape[2])
+    ids = largest(law, memory.top.shape[2])
     top = jnp.take_along_axis(law, ids, -1)
-    start, count = progress.state.context.length, info.num_tokens
+    start, count = old.context.length, info.num_tokens
     return dataclasses.replace(
-        new,
-        logprobs=caches.write(progress.logprobs, own, start, count),
-        top_ids=caches.write(progress.top_ids, ids, start, count),
-        top=caches.write(progress.top, top, start, count),
+        memory,
+        logprobs=caches.write(memory.logprobs, own, start, count),
+        top_ids=caches.write(memory.top_ids, ids, start, count),
+        top=caches.write(memory.top, top, start, count),
     )
 
 
@@ -440,7 +428,7 @@ class _Batch(NamedTuple):
 
 
 def _num_tokens(progress: _Progress, batch: prompts.Batch) -> np.ndarray:
-    return np.asarray(progress.state.context.length) - batch.length
+    return np.asarray(progress[0].context.length) - batch.length
 
 
 def _is_prompt(batch: prompts.Batch) -> np.ndarray:
@@ -455,8 +443,9 @@ def _written(
     stream: Callable[[int, str], None] | None,
 ) -> _Progress:
     """Writes what is new; rows that met a stop string are done."""
-    context = progress.state.context
-    tokens, length, done = map(np.asarray, (context.tokens, context.length, progress.state.done))
+    state, memory = progress
+    context = state.context
+    tokens, length, done = map(np.asarray, (context.tokens, context.length, state.done))
     met = np.zeros(len(done), bool)
     for row in _is_prompt(batch):
         writer = writers[batch.which[row]]
@@ -468,9 +457,7 @@ def _written(
         met[row] = writer.stopped is not None
     if not (met & ~done).any():
         return progress
-    state = progress.state
-    state = dataclasses.replace(state, done=state.done | jnp.asarray(met))
-    return dataclasses.replace(progress, state=state)
+    return dataclasses.replace(state, done=state.done | jnp.asarray(met)), memory
 
 
 def _rows(
@@ -480,10 +467,10 @@ def _rows(
     eos_ids: Sequence[int],
 ) -> list[_Row]:
     """What came of a batch."""
-    state = progress.state
+    state, memory = progress
     count, tokens = _num_tokens(progress, batch), np.asarray(state.context.tokens)
-    passes, drafted = np.asarray(state.num_steps), np.asarray(progress.num_drafted)
-    told = tuple(map(np.asarray, (progress.logprobs, progress.top_ids, progress.top)))
+    passes, drafted = np.asarray(state.num_steps), np.asarray(memory.num_drafted)
+    told = tuple(map(np.asarray, (memory.logprobs, memory.top_ids, memory.top)))
     found = []
     for row in _is_prompt(batch):
         writer = writers[batch.which[row]]

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -17,6 +18,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 from specjax import help
 
@@ -81,6 +83,18 @@ def progress(console: Console | None = None) -> Progress:
         TextColumn("{task.description}"),
     )
     return Progress(*columns, console=console)
+
+
+def table(header: list[str], rows: list[list[str]], console: Console, title: str) -> list[str]:
+    """Prints a table; returns it in Markdown."""
+    shown = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
+    for i, name in enumerate(header):
+        shown.add_column(name, justify="right" if i else "left")
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
+    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def _readable(error: Exception) -> Exception:

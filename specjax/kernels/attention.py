@@ -26,6 +26,11 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
+def capped(x: Array, cap: float | None) -> Array:
+    """c tanh(x / c), or x itself without a cap (arXiv 2408.00118)."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 def attend(
     queries: Array,
     keys: Array,
@@ -56,7 +61,7 @@ def attend(
         skip: [B, N] int32, how many of the keys that a token sees, the prefix's and then those of
             the block that its mask shows, it does not see after all, from the first; fewer than it
             sees. By default 0.
-        softcap: c of scores that become c tanh(score / c), if any (arXiv 2408.00118).
+        softcap: of scores, see `capped`.
 
     Returns:
         The mixed values [B, N, Q, H] and the block's keys and values [B, K, M, H].
@@ -178,8 +183,7 @@ def _two_products(
     def scores(keys: Array) -> Array:
         keys = keys.astype(kind)
         x = jnp.einsum("bkqh,bksh->bkqs", q.astype(kind), keys, preferred_element_type=jnp.float32)
-        x = x if softcap is None else softcap * jnp.tanh(x / softcap)
-        return x.reshape(b, k, g, n, -1)
+        return capped(x, softcap).reshape(b, k, g, n, -1)
 
     slot, length = jnp.arange(s, dtype=jnp.int32), prefix_length[:, None, None]
     seen = slot < length  # [B, 1 or N, S]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specjax.kernels.attention import attend, rotate
+from specjax.kernels.attention import attend, capped, rotate
 from specjax.kernels.linear import (
     ACTIVATIONS,
     Int8,
@@ -198,7 +198,7 @@ def attention_weight(
 
     def scores(keys: Array) -> Array:
         x = jnp.einsum("bkgnh,bksh->bkgns", q, keys.astype(jnp.float32))
-        return x if softcap is None else softcap * jnp.tanh(x / softcap)
+        return capped(x, softcap)
 
     seen = jnp.arange(keys.shape[2], dtype=jnp.int32) < length[:, None]
     before = jnp.where(seen[:, None, None, None], scores(keys), -jnp.inf)

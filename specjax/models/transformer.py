@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from specjax import cache as caches
+from specjax.kernels.attention import capped
 from specjax.kernels.linear import Norm, Weights, linear
 from specjax.models import layers
 from specjax.models.families import FAMILIES
@@ -164,7 +165,7 @@ class Transformer(nn.Module):
         if not c.tie_embeddings:
             head = self.param("lm_head", normal, (c.vocab_size, c.hidden_size), self.dtype)
         output = ModelOutput(
-            logits=_capped(c, linear(x, head, jnp.float32, norm=norm)),
+            logits=capped(linear(x, head, jnp.float32, norm=norm), c.logit_softcap),
             features=jnp.concatenate([norm(x)] + [residuals[i] for i in self.feature_layers], -1),
         )
         return output, Block(tuple(keys), tuple(values), at)
@@ -175,11 +176,6 @@ def _embedded(c: TransformerConfig, table: Weights, tokens: Array, dtype: jnp.dt
     if FAMILIES[c.family].scaled_embedding:
         x = x * jnp.asarray(c.hidden_size**0.5, dtype)
     return x
-
-
-def _capped(c: TransformerConfig, logits: Array) -> Array:
-    cap = c.logit_softcap
-    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def sight(
@@ -289,7 +285,7 @@ def transformer(
 
     def unembed(params: PyTree, hidden: Array) -> Array:
         head = params["embed_tokens" if c.tie_embeddings else "lm_head"]
-        return _capped(c, linear(hidden, head, jnp.float32))
+        return capped(linear(hidden, head, jnp.float32), c.logit_softcap)
 
     def only(which: Sequence[int]) -> Model:
         chosen = tuple(int(layer) for layer in which)
