@@ -44,7 +44,6 @@ from rich.console import Console
 from rich.table import Table
 
 import specjax
-from decode import transformers_peer
 from specjax import cache as caches
 from specjax import plots, scripts, trees
 from specjax.models import hf
@@ -336,6 +335,8 @@ def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
 
 
 def _libraries() -> tuple[Any, Any]:
+    from decode import transformers_peer  # found once `scripts.run` has put the root on the path
+
     torch, transformers = transformers_peer.libraries()
     torch.set_num_threads(1)  # others would be waited for longer than tiny models take
     return torch, transformers
